@@ -1,0 +1,287 @@
+"""jaxpr -> IR: two traces walked together, every int a formula of b and t, calls inlined, layer scans unrolled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from effc.errors import EffcError
+from effc.frontend.encode import IDENTITY, INLINED, RENAMED, dtype_name, encode, number
+from effc.frontend.graph import Graph
+from effc.frontend.trace import B, T, Traced, formula
+from effc.ir.core import Attr, Func, Loc, Param, Value
+from effc.ir.types import Dim, Size, Type
+
+SMALL = 1
+"""Captured arrays of more elements become named constants, read like parameters."""
+
+
+class Imported:
+    """The flat function, and the arrays the program had captured, by the path of their parameter."""
+
+    def __init__(self, graph: Graph, constants: dict[str, np.ndarray]) -> None:
+        self.graph = graph
+        self.constants = constants
+
+
+def import_traces(traced: Traced) -> Imported:
+    """The IR of both traces as one function of tokens i32[b,t]."""
+    importer = _Importer(Graph(), traced.points, {})
+    first, second = traced.first.jaxpr, traced.second.jaxpr
+    env: dict[Any, str] = {}
+    *weights, tokens = zip(first.invars, second.invars, strict=True)
+    for path, (p, q) in zip(traced.paths, weights, strict=True):
+        env[p] = importer.parameter(path, importer.type_of(p.aval, q.aval, path))
+    env[tokens[0]] = importer.graph.input("tokens", Type("i32", (B, T)))
+    importer.constants_of(traced.first, traced.second, env)
+    results = importer.run(first, second, env)
+    importer.graph.results = results
+    return Imported(importer.graph, importer.constants)
+
+
+def import_function(traced: Traced, graph: Graph, operands: Sequence[str]) -> list[str]:
+    """Import a traced function of `operands` into a graph that exists; returns its results there."""
+    importer = _Importer(graph, traced.points, {})
+    first, second = traced.first.jaxpr, traced.second.jaxpr
+    env: dict[Any, str] = {p: graph.find(name) for p, name in zip(first.invars, operands, strict=True)}
+    importer.constants_of(traced.first, traced.second, env)
+    if importer.constants:
+        raise EffcError("lowering: a position-dependent value captures an array, want it computed or a table")
+    return importer.run(first, second, env)
+
+
+class _Importer:
+    def __init__(self, graph: Graph, points: Any, constants: dict[str, np.ndarray]) -> None:
+        self.graph = graph
+        self.points = points
+        self.constants = constants
+
+    # -- operands ---------------------------------------------------------------------------------------
+    def parameter(self, path: str, type: Type) -> str:
+        """A parameter as a value."""
+        name = path.replace("/", ".")
+        self.graph.params[name] = Param(name, type, path=path)
+        return self.graph.add("param", (), type, params={"value": name})[0]
+
+    def constants_of(self, first: Any, second: Any, env: dict[Any, str]) -> None:
+        """Bind the arrays that the two traces captured."""
+        for var, p, q in zip(first.jaxpr.constvars, first.consts, second.consts, strict=True):
+            env[var] = self.captured(np.asarray(p), np.asarray(q))
+
+    def captured(self, p: np.ndarray, q: np.ndarray) -> str:
+        """A captured array: a literal where it is one number, else a named constant."""
+        if p.shape != q.shape or not np.array_equal(p, q, equal_nan=p.dtype.kind in "fV"):
+            raise EffcError(
+                f"lowering: the program captures an array that changes with the call, {list(p.shape)} and "
+                f"{list(q.shape)} for lengths {self.points[0][1]} and {self.points[1][1]}; want it computed "
+                "from the tokens' shape with jax.numpy"
+            )
+        type = Type(dtype_name(p.dtype), p.shape)
+        if p.size <= SMALL:
+            return self.graph.one("const", (), type, value=number(p.reshape(())))
+        path = f"const/{len(self.constants)}"
+        self.constants[path] = p
+        return self.parameter(path, type)
+
+    def operand(self, p: Any, q: Any, env: dict[Any, str], loc: Loc) -> str:
+        """The name of a variable's value, or of a new literal."""
+        if type(p).__name__ != "Literal":
+            return env[p]
+        if np.size(p.val) > 1:
+            return self.captured(np.asarray(p.val), np.asarray(q.val))
+        value = self.merge(number(p.val), number(q.val), loc)
+        return self.graph.one("const", (), self.type_of(p.aval, q.aval, str(loc)), loc, value=value)
+
+    # -- sizes ------------------------------------------------------------------------------------------
+    def merge(self, p: Attr, q: Attr, loc: Loc) -> Attr:
+        """One attribute for both traces; ints that differ become formulas."""
+        if isinstance(p, tuple) and isinstance(q, tuple) and len(p) == len(q):
+            return tuple(self.merge(x, y, loc) for x, y in zip(p, q, strict=True))
+        if type(p) is int and type(q) is int:
+            return self.size(p, q, str(loc))
+        if p == q or (p != p and q != q):
+            return p
+        (_, t1), (_, t2) = self.points
+        raise EffcError(f"{loc}: a number depends on the length ({p} at {t1} tokens, {q} at {t2}), want it fixed")
+
+    def size(self, p: int, q: int, where: str) -> Size:
+        """One size for both traces."""
+        found = formula(p, q, self.points)
+        if found is None:
+            raise EffcError(f"{where}: size {p} and {q} at (b, t) = {self.points} is no formula of b and t")
+        return found
+
+    def type_of(self, p: Any, q: Any, where: str) -> Type:
+        """One type for both traces."""
+        try:
+            dtype = dtype_name(p.dtype)
+        except (KeyError, TypeError):
+            raise EffcError(f"{where}: arrays of dtype {p.dtype} are not supported") from None
+        if len(p.shape) != len(q.shape):
+            raise EffcError(f"{where}: rank {len(p.shape)} and {len(q.shape)} at the two traced lengths, want one")
+        return Type(dtype, tuple(self.size(int(x), int(y), where) for x, y in zip(p.shape, q.shape, strict=True)))
+
+    # -- equations --------------------------------------------------------------------------------------
+    def run(self, first: Any, second: Any, env: dict[Any, str]) -> list[str]:
+        """Import the equations of two jaxprs that must be op for op alike; returns their results."""
+        if len(first.eqns) != len(second.eqns):
+            self._differs(first.eqns, second.eqns)
+        for p, q in zip(first.eqns, second.eqns, strict=True):
+            if p.primitive.name != q.primitive.name:
+                self._differs(first.eqns, second.eqns)
+            self.equation(p, q, env)
+        return [self.operand(p, q, env, Loc()) for p, q in zip(first.outvars, second.outvars, strict=True)]
+
+    def equation(self, p: Any, q: Any, env: dict[Any, str]) -> None:
+        """Import one equation."""
+        name, loc = p.primitive.name, location(p)
+        operands = [self.operand(x, y, env, loc) for x, y in zip(p.invars, q.invars, strict=True)]
+        if name in IDENTITY:
+            results = operands
+        elif name in INLINED:
+            results = self.call(p, q, operands)
+        elif name == "scan":
+            results = self.scan(p, q, operands, loc)
+        else:
+            results = self.primitive(p, q, operands, loc)
+        for var, result in zip(p.outvars, results, strict=True):
+            env[var] = result
+
+    def call(self, p: Any, q: Any, operands: list[str]) -> list[str]:
+        """Import a called jaxpr in its caller's place."""
+        first, second = _callee(p), _callee(q)
+        return self.body(first, second, operands)
+
+    def body(self, first: Any, second: Any, operands: Sequence[str]) -> list[str]:
+        """Import a closed or open jaxpr with `operands` for its inputs."""
+        env: dict[Any, str] = {}
+        if type(first).__name__ == "ClosedJaxpr":
+            self.constants_of(first, second, env)
+            first, second = first.jaxpr, second.jaxpr
+        env |= dict(zip(first.invars, operands, strict=True))
+        return self.run(first, second, env)
+
+    def primitive(self, p: Any, q: Any, operands: list[str], loc: Loc) -> list[str]:
+        """Import one primitive op."""
+        name = p.primitive.name
+        try:
+            attrs_p, attrs_q = encode(name, p.params), encode(name, q.params)
+        except KeyError as missing:
+            raise EffcError(f"{loc}: '{name}' uses {missing}, which effc does not support") from None
+        if attrs_p is None or attrs_q is None:
+            raise EffcError(f"{loc}: primitive '{name}' has no meaning in the IR; rewrite that line without it")
+        keys = {key: self.merge(attrs_p[key], attrs_q[key], loc) for key in attrs_p}
+        types = [self.type_of(x.aval, y.aval, str(loc)) for x, y in zip(p.outvars, q.outvars, strict=True)]
+        if name == "squeeze":
+            return self.graph.add("lax.reshape", operands, types, attrs={"new_sizes": types[0].shape}, loc=loc)
+        return self.graph.add(f"lax.{RENAMED.get(name, name)}", operands, types, attrs=keys, loc=loc)
+
+    # -- scans ------------------------------------------------------------------------------------------
+    def scan(self, p: Any, q: Any, operands: list[str], loc: Loc) -> list[str]:
+        """Unroll a scan of fixed length (layers); keep one over tokens as an op with a body."""
+        if p.params["length"] == q.params["length"]:
+            return self._unrolled(p, q, operands, loc)
+        inner = _Importer(Graph(), self.points, self.constants)
+        first, second = p.params["jaxpr"], q.params["jaxpr"]
+        types = [
+            inner.type_of(x.aval, y.aval, str(loc))
+            for x, y in zip(first.jaxpr.invars, second.jaxpr.invars, strict=True)
+        ]
+        names = [inner.graph.input(f"a{i}", type) for i, type in enumerate(types)]
+        inner.graph.results = inner.body(first, second, names)
+        if inner.graph.params:
+            raise EffcError(f"{loc}: the body of a scan over tokens captures arrays, want them as operands")
+        attrs = {
+            "consts": int(p.params["num_consts"]), "carry": int(p.params["num_carry"]),
+            "length": self.size(p.params["length"], q.params["length"], str(loc)),
+            "reverse": bool(p.params["reverse"]),
+        }  # fmt: skip
+        outs = [self.type_of(x.aval, y.aval, str(loc)) for x, y in zip(p.outvars, q.outvars, strict=True)]
+        return self.graph.add(
+            "lax.scan", operands, outs, attrs=attrs, regions={"body": inner.graph.func("body")}, loc=loc
+        )
+
+    def _unrolled(self, p: Any, q: Any, operands: list[str], loc: Loc) -> list[str]:
+        consts, carried, length = (p.params[k] for k in ("num_consts", "num_carry", "length"))
+        fixed, state, xs = operands[:consts], operands[consts : consts + carried], operands[consts + carried :]
+        collected: list[list[str]] = []
+        turns = range(length - 1, -1, -1) if p.params["reverse"] else range(length)
+        for i in turns:
+            items = [self.item(x, i, loc) for x in xs]
+            results = self.body(p.params["jaxpr"], q.params["jaxpr"], [*fixed, *state, *items])
+            state = results[:carried]
+            collected.append(results[carried:])
+        if p.params["reverse"]:
+            collected.reverse()
+        return [*state, *(self._stacked(ys, loc) for ys in zip(*collected, strict=True))]
+
+    def item(self, name: str, i: int, loc: Loc) -> str:
+        """The i-th piece along the first axis; of a parameter, a parameter of its own."""
+        type = self.graph.type(name)
+        sliced = Type(type.dtype, type.shape[1:])
+        source = param_slice(self.graph, name, 0, i)
+        if source is not None:
+            return source
+        start = (i, *(0 for _ in sliced.shape))
+        limit = (i + 1, *sliced.shape)
+        row = self.graph.one("lax.slice", [name], Type(type.dtype, (1, *sliced.shape)), loc, start=start, limit=limit)
+        return self.graph.one("lax.reshape", [row], sliced, loc, new_sizes=sliced.shape)
+
+    def _stacked(self, items: Sequence[str], loc: Loc) -> str:
+        type = self.graph.type(items[0])
+        wide = Type(type.dtype, (1, *type.shape))
+        rows = [self.graph.one("lax.reshape", [i], wide, loc, new_sizes=wide.shape) for i in items]
+        whole = Type(type.dtype, (len(items), *type.shape))
+        return self.graph.one("lax.concatenate", rows, whole, loc, dimension=0)
+
+    def _differs(self, first: Sequence[Any], second: Sequence[Any]) -> None:
+        for at, (p, q) in enumerate(zip(first, second, strict=False)):
+            if p.primitive.name != q.primitive.name:
+                (_, t1), (_, t2) = self.points
+                raise EffcError(
+                    f"{location(p)}: the program changes with the length: op {at} is {p.primitive.name} at {t1} "
+                    f"tokens and {q.primitive.name} at {t2}; want one program for all lengths"
+                )
+        raise EffcError(f"lowering: the program changes with the length: {len(first)} and {len(second)} ops")
+
+
+def param_slice(graph: Graph, name: str, axis: int, i: int) -> str | None:
+    """The i-th slice along `axis` of a parameter (perhaps with its layer axis moved first) as a parameter."""
+    op = graph.op(name)
+    if op is not None and op.kind == "lax.transpose":
+        order = op.attrs["permutation"]
+        if not isinstance(order, tuple) or list(order[1:]) != sorted(order[1:]) or axis != 0:  # type: ignore[type-var]
+            return None
+        axis, op = int(order[0]), graph.op(op.inputs[0])  # type: ignore[arg-type]
+    if op is None or op.kind != "param":
+        return None
+    whole = graph.params[op.params["value"]]
+    shape = (*whole.type.shape[:axis], *whole.type.shape[axis + 1 :])
+    path = f"{whole.path}[{':,' * axis}{i}]"
+    new = replace(whole, name=f"{whole.name}[{':,' * axis}{i}]", type=Type(whole.type.dtype, shape), path=path)
+    graph.params[new.name] = new
+    return graph.add("param", (), new.type, params={"value": new.name})[0]
+
+
+def location(equation: Any) -> Loc:
+    """Flax module path, and the user's source line, of an equation."""
+    info = equation.source_info
+    stack = str(info.name_stack)
+    for frame in info.traceback.frames if info.traceback else ():
+        path = str(frame.file_name)
+        if not any(f"/{package}/" in path for package in ("jax", "flax", "_src")) and not path.startswith("<"):
+            return Loc(stack, "/".join(path.rsplit("/", 2)[-2:]), int(frame.line_num))
+    return Loc(stack)
+
+
+def _callee(equation: Any) -> Any:
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if key in equation.params:
+            return equation.params[key]
+    raise EffcError(f"{location(equation)}: call '{equation.primitive.name}' holds no program effc can read")
+
+
+__all__ = ["Dim", "Func", "Imported", "Value", "import_function", "import_traces", "location", "param_slice"]

@@ -1,0 +1,199 @@
+"""The op table: a line an op. Verifier, docs, interpreter and emitter read it.
+
+Shapes: b sequences, t tokens of this call, d width, h query heads, g key/value heads.
+`lax.*` ops are the traced primitives, one for one, with the keywords of `effc.runtime.primitives`;
+they always run. The others are what raising produces and passes look for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from effc.ir.core import Op
+from effc.ir.types import Size, Type
+
+Infer = Callable[[Op, Sequence[Type], Mapping[str, Type]], tuple[Type, ...]]
+
+
+class ShapeError(Exception):
+    """Operands that an op's shape rule refuses; the message says what and what was wanted."""
+
+
+class Along(Enum):
+    """What an op does along the token axis: this decides how it decodes."""
+
+    LOCAL = "each token by itself"
+    POSITION = "a function of the token's position"
+    CACHED = "reads earlier tokens through a cache of its own"
+    MIXES = "mixes tokens; no incremental rule of its own"
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """What a kind takes. Names end in `?` where optional, in `*` where any number."""
+
+    kind: str
+    inputs: tuple[str, ...]
+    params: tuple[str, ...]
+    attrs: Mapping[str, str]  # name -> "int", "float", "a|b", "ref" ...; "=default" where optional
+    regions: tuple[str, ...]
+    infer: Infer
+    along: Along
+    doc: str
+
+
+def _same(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
+    return (inputs[0],)
+
+
+def _declared(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
+    """The outputs' own types: for ops whose shape the table does not compute."""
+    return tuple(value.type for value in op.outputs)
+
+
+def _want(ok: bool, message: str) -> None:
+    if not ok:
+        raise ShapeError(message)
+
+
+def _norm(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
+    x = inputs[0]
+    for role, param in params.items():
+        _want(param.shape == x.shape[-1:], f"{role} is {param}, want shape [{x.shape[-1]}]")
+    return (Type(op.out.type.dtype, x.shape),)
+
+
+def _linear(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
+    x, w = inputs[0], params["w"]
+    _want(len(w.shape) == 2, f"w is {w}, want a matrix")
+    k, n = w.shape if op.attrs.get("layout", "kn") == "kn" else w.shape[::-1]
+    _want(x.shape[-1] == k, f"x is {x} and w is {w}: {x.shape[-1]} is not {k}")
+    if "bias" in params:
+        _want(params["bias"].shape == (n,), f"bias is {params['bias']}, want shape [{n}]")
+    return (Type(op.out.type.dtype, (*x.shape[:-1], n)),)
+
+
+def _embed(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
+    table = params["table"]
+    _want(len(table.shape) == 2, f"table is {table}, want a matrix")
+    return (Type(op.out.type.dtype, (*inputs[0].shape, table.shape[1])),)
+
+
+def _rope_table(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
+    half = op.attrs["dims"]
+    _want(isinstance(half, int) and half % 2 == 0, f"dims is {half}, want an even number")
+    assert isinstance(half, int)
+    table = Type("f32", (*inputs[0].shape, half // 2))
+    return (table, table)
+
+
+def _rope(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
+    x, cos, sin = inputs
+    _want(cos == sin, f"cos is {cos} and sin is {sin}, want one type")
+    _want(len(x.shape) == 4, f"x is {x}, want [b,t,heads,dims]")
+    width, half = x.shape[-1], cos.shape[-1]
+    ok = isinstance(width, int) and isinstance(half, int) and 2 * half <= width
+    _want(ok, f"cos has {half} columns, x only {width} dims a head")
+    return (x,)
+
+
+def _attention(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
+    q, k, v = inputs[:3]
+    for name, value in zip("qkv", (q, k, v), strict=True):
+        _want(len(value.shape) == 4, f"{name} is {value}, want [b,t,heads,dims]")
+    _want(q.shape[-1] == k.shape[-1], f"q is {q} and k is {k}: different dims a head")
+    _want(k.shape[:3] == v.shape[:3], f"k is {k} and v is {v}: different heads")
+    heads, groups = q.shape[2], k.shape[2]
+    whole = isinstance(heads, int) and isinstance(groups, int) and heads % groups == 0
+    _want(whole, f"{heads} query heads do not divide among {groups} key heads")
+    return (Type(q.dtype, (*q.shape[:3], v.shape[-1])),)
+
+
+def _repeat(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
+    carry = op.attrs.get("carry", 1)
+    assert isinstance(carry, int)
+    return tuple(inputs[:carry])
+
+
+def _broadcast(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
+    """Equal ranks; a size of 1 stretches."""
+    shape: list[Size] = []
+    ranks = {len(x.shape) for x in inputs if x.shape}
+    _want(len(ranks) <= 1, f"operands {', '.join(map(str, inputs))} differ in rank")
+    for sizes in zip(*(x.shape for x in inputs if x.shape), strict=True):
+        wide = {s for s in sizes if s != 1}
+        _want(len(wide) <= 1, f"operands {', '.join(map(str, inputs))} do not line up")
+        shape.append(wide.pop() if wide else 1)
+    return (Type(op.out.type.dtype, tuple(shape)),)
+
+
+def _row(
+    kind: str, inputs: str, params: str, attrs: str, infer: Infer, along: Along, doc: str,
+    regions: str = "",
+) -> OpSpec:  # fmt: skip
+    fields = dict(item.split(":", 1) for item in attrs.split())
+    return OpSpec(
+        kind, tuple(inputs.split()), tuple(params.split()), fields, tuple(regions.split()), infer, along, doc
+    )
+
+
+_L, _P, _C, _M = Along.LOCAL, Along.POSITION, Along.CACHED, Along.MIXES
+
+_ROWS = [
+    # kind         operands      parameters      attributes                         shape        tokens meaning
+    _row("const", "", "", "value:any", _declared, _L, "a literal, filled to the output's shape"),
+    _row("param", "", "value", "", _declared, _L, "a parameter as a value, whole"),
+    _row("positions", "tokens", "", "", lambda op, i, p: (Type("i32", i[0].shape),), _P,
+         "position of every token in its sequence, i32[b,t]"),
+    _row("embed", "ids", "table", "", _embed, _L, "rows of table[V,d] at ids[...] -> [...,d]"),
+    _row("linear", "x", "w bias?", "layout:kn|nk=kn", _linear, _L,
+         "x[...,K] @ w[K,N] (layout nk: w[N,K]) + bias[N] -> [...,N], accumulated in f32"),
+    _row("norm", "x", "scale? bias?", "kind:rms|layer eps:float offset:float=0.0", _norm, _L,
+         "over the last axis in f32: rms x/sqrt(mean x^2+eps), layer (x-mean)/sqrt(var+eps); times (scale+offset) plus bias"),
+    _row("rope_table", "positions", "freq?", "dims:int theta:float=0.0 scale:float=1.0", _rope_table, _L,
+         "cos and sin of position*freq[dims/2], each [b,t,dims/2] times scale; freq = theta^(-2i/dims) if not given"),
+    _row("rope", "x cos sin", "", "style:half|interleaved=half", _rope, _L,
+         "rotate pairs of the first 2*cos.shape[-1] dims of x[b,t,h,d]; half: (i, i+n), interleaved: (2i, 2i+1)"),
+    _row("attention", "q k v extra*", "bias*", "scale:float=1.0 mask:causal|region=causal window:int=0 softcap:float=0.0",
+         _attention, _C,
+         "softmax(mask(softcap(scale*q.k))) v over this and earlier tokens; q[b,t,h,d] k[b,t,g,d] v[b,t,g,e] -> [b,t,h,e]; "
+         "window n: the last n keys only; region `bias`(q position, k position, head) is added to the scores",
+         "bias"),
+    _row("silu", "x", "", "", _same, _L, "x * sigmoid(x)"),
+    _row("gelu", "x", "", "approx:tanh|erf=tanh", _same, _L, "Gaussian error linear unit"),
+    _row("softcap", "x", "", "cap:float", _same, _L, "cap * tanh(x / cap)"),
+    _row("split", "x", "", "sizes:ints", _declared, _L, "cut the last axis into pieces of these sizes"),
+    _row("repeat", "x*", "", "block:ref times:int carry:int=1", _repeat, _C,
+         "run a block `times` times; the first `carry` operands are fed back, the rest are the same each time; "
+         "stacked parameters give their i-th array to the i-th run"),
+    _row("window", "x*", "", "why:str", _declared, _C,
+         "run the region over all tokens so far and keep the rows of this call: right for any causal op, costs O(length) a token",
+         "body"),
+]  # fmt: skip
+
+_ELEMENTWISE = """
+add sub mul div rem max min pow atan2 nextafter eq ne lt le gt ge and or xor not neg sign floor ceil
+round abs exp exp2 expm1 log log1p tanh logistic sin cos tan asin acos atan sinh cosh sqrt rsqrt cbrt
+erf erfc erf_inv is_finite square integer_pow convert_element_type select_n clamp population_count
+shift_left shift_right_logical shift_right_arithmetic reduce_precision
+""".split()
+
+ELEMENTWISE: frozenset[str] = frozenset(f"lax.{name}" for name in _ELEMENTWISE)
+"""Primitives that act on each element by itself; a size of 1 stretches."""
+
+OPS: Mapping[str, OpSpec] = {row.kind: row for row in _ROWS}
+"""Every op of the transformer level by kind."""
+
+_LAX_ELEMENTWISE = OpSpec("lax", ("x*",), (), {"*": "any"}, ("body*",), _broadcast, Along.LOCAL, "elementwise primitive")
+_LAX = OpSpec("lax", ("x*",), (), {"*": "any"}, ("body*",), _declared, Along.MIXES, "traced primitive")
+
+
+def spec_of(kind: str) -> OpSpec | None:
+    """The table's row for `kind`, or None where there is no such op."""
+    if kind in ELEMENTWISE:
+        return _LAX_ELEMENTWISE
+    if kind.startswith("lax."):
+        return _LAX
+    return OPS.get(kind)
