@@ -1,0 +1,83 @@
+"""Trained models on disk -> Source. `open_checkpoint` looks at what is there and picks the reader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effc.errors import EffcError, nearest
+from effc.frontend import tokenizer
+from effc.frontend.adapt import vocab_of
+from effc.frontend.checkpoints import folder, gguf, hf, msgpack
+from effc.frontend.checkpoints.folder import save_checkpoint
+from effc.frontend.checkpoints.tensors import check_dtype
+from effc.frontend.source import Source
+
+__all__ = ["open_checkpoint", "save_checkpoint"]
+
+F32 = np.dtype(np.float32)
+
+WANTED = (
+    "effc.json (an effc checkpoint), config.json with model.safetensors or flax_model.msgpack (Hugging Face), a .gguf file, "
+    "or an Orbax folder or .msgpack or .safetensors file together with --module FILE.py:FUNCTION"
+)
+
+
+def open_checkpoint(
+    path: str | Path, *, module: str | None = None, config: Mapping[str, Any] | None = None, dtype: str | None = None
+) -> Source:
+    """Reads headers only. dtype is float32 unless given or in effc.json. `module` ('file.py:build' or 'package.module:build', called with `config`) overrides what the folder names.
+
+    Code named by `module`, or by the effc.json inside a checkpoint, is run: open only checkpoints that you trust.
+    """
+    path = Path(path)
+    _exists(path)
+    source = _read(path, module, dict(config or {}), check_dtype(dtype) if dtype else None)
+    if source.tokenizer is not None:
+        rows = vocab_of(source.forward, source.spec, str(path))
+        tokenizer.Tokenizer(source.tokenizer, where=str(path)).check_fits(rows)
+    return source
+
+
+def _read(path: Path, module: str | None, config: dict[str, Any], dtype: np.dtype | None) -> Source:
+    if path.is_file():
+        return _read_file(path, module, config, dtype)
+    if module is not None:
+        return folder.open_with_module(path, module, config, dtype)
+    if (path / "effc.json").exists():
+        return folder.open_folder(path, config, dtype)
+    if (path / "config.json").exists():
+        if (path / "flax_model.msgpack").exists() and not list(path.glob("*.safetensors")):
+            return msgpack.open_hf_flax(path, dtype or F32)
+        return hf.open_hf(path, dtype or F32)
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return gguf.open_gguf(ggufs[0], dtype or F32)
+    raise EffcError(f"{path}: no checkpoint ({_listing(path)}), want {WANTED}")
+
+
+def _read_file(path: Path, module: str | None, config: dict[str, Any], dtype: np.dtype | None) -> Source:
+    with path.open("rb") as f:
+        magic = f.read(4)
+    if magic == b"GGUF" or path.suffix == ".gguf":
+        return gguf.open_gguf(path, dtype or F32)
+    if module is not None:
+        return folder.open_with_module(path, module, config, dtype)
+    if path.suffix in (".safetensors", ".msgpack") and (path.parent / "config.json").exists():
+        return _read(path.parent, None, config, dtype)
+    raise EffcError(f"{path}: not a checkpoint by itself, want {WANTED}")
+
+
+def _exists(path: Path) -> None:
+    if path.exists():
+        return
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise EffcError(f"{path}: no such file or folder{nearest(path.name, siblings)}")
+
+
+def _listing(path: Path) -> str:
+    names = sorted(p.name for p in path.iterdir())
+    return f"holds {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" if names else "empty"
