@@ -49,9 +49,7 @@ def causal_mask(length: int, window: int | None) -> jax.Array:
     return mask if window is None else mask & (query - key < window)
 
 
-def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, window: int | None = None, cap: float | None = None
-) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, window: int | None = None, cap: float | None = None) -> jax.Array:
     """q [B,T,H,D] over k, v [B,T,K,D], H a multiple of K; softmax in float32; cap bends scores to (-cap, cap). -> [B,T,H*D]."""
     batch, length, heads, dim = q.shape
     k, v = (jnp.repeat(a, heads // k.shape[2], axis=2) for a in (k, v))

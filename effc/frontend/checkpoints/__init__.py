@@ -10,8 +10,7 @@ import numpy as np
 
 from effc.errors import EffcError, nearest
 from effc.frontend import tokenizer
-from effc.frontend.adapt import vocab_of
-from effc.frontend.checkpoints import folder, gguf, hf, msgpack
+from effc.frontend.checkpoints import folder, hf, msgpack
 from effc.frontend.checkpoints.folder import save_checkpoint
 from effc.frontend.checkpoints.tensors import check_dtype
 from effc.frontend.source import Source
@@ -29,16 +28,16 @@ WANTED = (
 def open_checkpoint(
     path: str | Path, *, module: str | None = None, config: Mapping[str, Any] | None = None, dtype: str | None = None
 ) -> Source:
-    """Reads headers only. dtype is float32 unless given or in effc.json. `module` ('file.py:build' or 'package.module:build', called with `config`) overrides what the folder names.
+    """Reads headers only; dtype is float32 unless given or in effc.json.
 
-    Code named by `module`, or by the effc.json inside a checkpoint, is run: open only checkpoints that you trust.
+    `module`, 'file.py:build' or 'package.module:build', is called with `config` and takes the place of what the folder names.
+    Code that `module`, or the effc.json inside a checkpoint, names is run: open only checkpoints that you trust.
     """
     path = Path(path)
     _exists(path)
     source = _read(path, module, dict(config or {}), check_dtype(dtype) if dtype else None)
     if source.tokenizer is not None:
-        rows = vocab_of(source.forward, source.spec, str(path))
-        tokenizer.Tokenizer(source.tokenizer, where=str(path)).check_fits(rows)
+        tokenizer.Tokenizer(source.tokenizer, where=str(path)).check_fits(int(source.meta["vocab"]))
     return source
 
 
@@ -55,7 +54,7 @@ def _read(path: Path, module: str | None, config: dict[str, Any], dtype: np.dtyp
         return hf.open_hf(path, dtype or F32)
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
-        return gguf.open_gguf(ggufs[0], dtype or F32)
+        return _open_gguf(ggufs[0], dtype)
     raise EffcError(f"{path}: no checkpoint ({_listing(path)}), want {WANTED}")
 
 
@@ -63,12 +62,20 @@ def _read_file(path: Path, module: str | None, config: dict[str, Any], dtype: np
     with path.open("rb") as f:
         magic = f.read(4)
     if magic == b"GGUF" or path.suffix == ".gguf":
-        return gguf.open_gguf(path, dtype or F32)
+        return _open_gguf(path, dtype)
     if module is not None:
         return folder.open_with_module(path, module, config, dtype)
     if path.suffix in (".safetensors", ".msgpack") and (path.parent / "config.json").exists():
         return _read(path.parent, None, config, dtype)
     raise EffcError(f"{path}: not a checkpoint by itself, want {WANTED}")
+
+
+def _open_gguf(file: Path, dtype: np.dtype | None) -> Source:
+    try:
+        from effc.frontend.checkpoints import gguf  # the library is an extra
+    except ModuleNotFoundError as error:
+        raise EffcError(f"{file}: reading GGUF needs the {error.name} package: pip install 'effc[gguf]'") from None
+    return gguf.open_gguf(file, dtype or F32)
 
 
 def _exists(path: Path) -> None:

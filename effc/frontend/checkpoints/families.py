@@ -267,7 +267,7 @@ FAMILIES: Mapping[str, Family] = {
 
 def family_of(name: str, where: str, known: Iterable[str] = tuple(FAMILIES)) -> str:
     if name not in known:
-        raise EffcError(f"{where}: no family '{name}', want one of {', '.join(known)}, or your own code with --module{nearest(name, known)}")
+        raise EffcError(f"{where}: no family '{name}', want {', '.join(known)}, or your own code with --module{nearest(name, known)}")
     return name
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from effc.errors import EffcError, nearest
+from effc.frontend.adapt import vocab_of
 from effc.frontend.checkpoints.hf import kinds_of, read_json, safetensors_in, tokenizer_in
 from effc.frontend.checkpoints.msgpack import MsgpackTensors
 from effc.frontend.checkpoints.orbax import OrbaxTensors, find_orbax, save_tree
@@ -74,7 +75,14 @@ def build_source(
     forward, spec = adapt_model(load_build(module, folder), config, dtype, module)
     weights = match_by_path(tensors, flatten(spec), TRAINING_STATE)
     kind = type(tensors).__name__.removesuffix("Tensors").removesuffix("Files").lower()
-    meta = {"format": kind, "module": module, "stored": kinds_of(tensors), "file": str(where), "dtype": dtype.name}
+    meta = {
+        "format": kind,
+        "module": module,
+        "stored": kinds_of(tensors),
+        "file": str(where),
+        "dtype": dtype.name,
+        "vocab": vocab_of(forward, spec, module),
+    }
     return Source(where.resolve().stem, forward, spec, weights, tokenizer, context, meta)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
-import gguf
 from effc.errors import EffcError
 from effc.frontend import adapt
 from effc.frontend.checkpoints.families import FAMILIES, Config, family_of, refs_of
@@ -117,7 +117,14 @@ def open_gguf(file: Path, dtype: np.dtype) -> Source:
         weights=weights,
         tokenizer=tokenizer_files(reader, str(file)),
         context=fields.get(f"{arch}.context_length"),
-        meta={"format": "gguf", "family": ARCHITECTURES[arch], "stored": kinds_of(tensors), "file": str(file), "dtype": dtype.name},
+        meta={
+            "format": "gguf",
+            "family": ARCHITECTURES[arch],
+            "stored": kinds_of(tensors),
+            "file": str(file),
+            "dtype": dtype.name,
+            "vocab": module.config.vocab,
+        },
     )
 
 
@@ -167,6 +174,8 @@ def gemma_scale(config: Mapping[str, Any]) -> int:
 
 
 def refuse_unlike(fields: Mapping[str, Any], arch: str, config: Mapping[str, Any], where: str) -> None:
+    if fields.get("split.count", 1) > 1:
+        raise EffcError(f"{where}: one of {fields['split.count']} parts, want a single file (llama-gguf-split --merge joins them)")
     experts = fields.get(f"{arch}.expert_count")
     if experts:
         raise EffcError(f"{where}: {experts} experts a layer, want a dense model")

@@ -50,7 +50,14 @@ def source_of(folder: Path, tensors: Tensors, kind: str, dtype: np.dtype) -> Sou
         weights=weights,
         tokenizer=tokenizer_in(folder),
         context=values.get("max_position_embeddings", values.get("n_positions")),
-        meta={"format": kind, "family": model_type, "stored": kinds_of(tensors), "file": str(folder), "dtype": dtype.name},
+        meta={
+            "format": kind,
+            "family": model_type,
+            "stored": kinds_of(tensors),
+            "file": str(folder),
+            "dtype": dtype.name,
+            "vocab": module.config.vocab,
+        },
     )
 
 

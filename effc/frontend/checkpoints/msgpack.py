@@ -167,5 +167,3 @@ def _seek(f: BinaryIO, end: int) -> None:
     if f.seek(0, 2) < end:
         raise EOFError("the file ends early")
     f.seek(end)
-
-
