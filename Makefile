@@ -1,0 +1,57 @@
+# Every target sets up what it needs; `make help` lists them.
+#   make test PYTHON=python3.13 VENV=/tmp/venv313     another Python, another environment
+VENV ?= .venv
+CHECKPOINT := examples/stdlib12/model.ckpt
+TESTS ?= tests
+
+# The first Python of 3.11 or newer: pyenv and the like leave names on the PATH that do not run.
+NEW_ENOUGH := -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))'
+CANDIDATES := python3 python3.13 python3.12 python3.11 python
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test check format conformance bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1|\2/p' Makefile | column -t -s '|' -l 2 2>/dev/null \
+	  || sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1: \2/p' Makefile
+
+demo: $(VENV)/effc.stamp  ## optimize the bundled checkpoint to 4 bits; ends in the before/after table
+	$(BIN)/effc optimize $(CHECKPOINT) --passes quant4 --eval examples/stdlib12/heldout.txt -o demo-out --force
+
+test: $(VENV)/dev.stamp  ## run the tests (TESTS=tests/cli for some of them)
+	$(BIN)/python -m pytest $(TESTS)
+
+check: $(VENV)/dev.stamp  ## format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest $(TESTS)
+
+format: $(VENV)/dev.stamp  ## format the code, mend what the linter can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+conformance: $(VENV)/dev.stamp  ## the slow tests too: minutes; those against transformers where it is installed
+	$(BIN)/python -m pytest $(TESTS) -m "slow or not slow"
+
+bench: $(VENV)/dev.stamp  ## speed against a hand-written JAX loop over the same weights
+	$(BIN)/python -m pytest tests/bench -m "slow or not slow" -s
+
+clean:  ## remove the environment and what the tools left
+	rm -rf $(VENV) demo-out build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "effc needs Python 3.11 or newer with venv; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/effc.stamp: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/effc.stamp
