@@ -1,0 +1,26 @@
+"""Passes by name: the one registry."""
+
+from __future__ import annotations
+
+from effc.passes.base import Exactness, Notes, Option, Pass, PassError, Phase
+from effc.passes.clean import Clean
+from effc.passes.fuse import Fuse
+from effc.passes.quant4 import Quant4
+from effc.passes.quant8 import Quant8
+
+PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (Clean, Quant8, Quant4, Fuse)}
+"""Every pass, in the order of the phases."""
+
+__all__ = [
+    "PASSES",
+    "Clean",
+    "Exactness",
+    "Fuse",
+    "Notes",
+    "Option",
+    "Pass",
+    "PassError",
+    "Phase",
+    "Quant4",
+    "Quant8",
+]

@@ -1,0 +1,149 @@
+"""Arrays to codes and scales: round to nearest, by the greatest magnitude or by least squares over a small grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+
+from effc.errors import EffcError
+from effc.ir.types import NUMPY, Quant
+from effc.runtime.qarray import pack
+from effc.weights import Array, Arrays
+
+Method = Literal["absmax", "mse"]
+
+BLOCK = 1 << 16
+"""Elements worked on at a time: a block and its temporaries stay in a core's cache."""
+
+GRID = (0.82, 0.87, 0.92, 0.97, 1.02, 1.07)
+"""Scales tried by `mse`, as fractions of the one that just reaches the group's extreme value."""
+
+
+def quantize(array: Array, quant: Quant, method: Method, where: str) -> Arrays:
+    """Codes, scales and zeros of `array` as they are stored; EffcError for what cannot be coded."""
+    x = np.asarray(array, np.float32)
+    if not np.isfinite(np.float32(np.max(np.abs(x)) if x.size else 0)):
+        raise EffcError(f"{where}: holds NaN or infinity, want finite weights to quantize")
+    grouped = _grouped(x, quant)
+    codes = np.empty(grouped.shape, np.int8)
+    scales = np.empty((grouped.shape[0], 1, grouped.shape[2]), np.float32)
+    zeros = np.zeros_like(scales)
+
+    def work(rows: slice) -> None:
+        codes[rows], scales[rows], zeros[rows] = _block(grouped[rows], quant, method)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(work, _rows(grouped.shape)))
+    if not np.isfinite(scales.astype(NUMPY[quant.scale])).all():
+        raise EffcError(f"{where}: weights too large for {quant.scale} scales, want scale=f32")
+    return _stored(codes, scales, zeros, quant, x.shape)
+
+
+def _grouped(x: Array, quant: Quant) -> Array:
+    """[groups, codes in a group, the rest]: the coded axis cut, padded with zeros where it does not divide."""
+    moved = np.moveaxis(x, quant.axis, 0)
+    extent = moved.shape[0]
+    group = quant.group or extent
+    short = -extent % group
+    if short:
+        moved = np.concatenate([moved, np.zeros((short, *moved.shape[1:]), x.dtype)])
+    return np.ascontiguousarray(moved).reshape(moved.shape[0] // group, group, -1)
+
+
+def _rows(shape: tuple[int, ...]) -> Iterator[slice]:
+    step = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield slice(start, start + step)
+
+
+def _block(x: Array, quant: Quant, method: Method) -> tuple[Array, Array, Array]:
+    """Codes, scales and zero points of groups [G, g, rest], reduced over g."""
+    if not quant.sym:
+        return _asymmetric(x, quant)
+    if method == "mse":
+        return (*_least_squares(x, quant), np.float32(0))
+    return (*_absmax(x, quant), np.float32(0))
+
+
+def _limits(quant: Quant) -> tuple[int, int]:
+    return -(1 << quant.bits - 1), (1 << quant.bits - 1) - 1
+
+
+def _rounded(scale: Array, quant: Quant) -> Array:
+    """The scale as stored, back in f32; 1 where it vanished, so that dividing is safe."""
+    with np.errstate(over="ignore"):
+        kept = scale.astype(NUMPY[quant.scale]).astype(np.float32)
+    kept[kept == 0] = 1
+    return kept
+
+
+def _code(x: Array, scale: Array, quant: Quant) -> Array:
+    """Nearest codes, in f32."""
+    low, high = _limits(quant)
+    codes = x / scale
+    np.rint(codes, out=codes)
+    return np.clip(codes, low, high, out=codes)
+
+
+def _absmax(x: Array, quant: Quant) -> tuple[Array, Array]:
+    """The greatest magnitude at half a step past the last code: no error exceeds half a step."""
+    scale = _rounded(np.abs(x).max(1, keepdims=True) / (_limits(quant)[1] + 0.5), quant)
+    return _code(x, scale, quant), scale
+
+
+def _asymmetric(x: Array, quant: Quant) -> tuple[Array, Array, Array]:
+    low, high = _limits(quant)
+    least, most = np.minimum(x.min(1, keepdims=True), 0), np.maximum(x.max(1, keepdims=True), 0)
+    scale = _rounded((most - least) / (high - low), quant)
+    zero = np.clip(np.rint(low - least / scale), low, high)
+    return np.clip(np.rint(x / scale) + zero, low, high), scale, zero
+
+
+def _least_squares(x: Array, quant: Quant) -> tuple[Array, Array]:
+    """Of a grid of scales the one with the least squared error; the side with one code more takes the extreme value."""
+    best, scale = _absmax(x, quant)
+    error = _error(x, best, scale)
+    extreme = np.where(
+        x.max(1, keepdims=True) > -x.min(1, keepdims=True), x.max(1, keepdims=True), x.min(1, keepdims=True)
+    )
+    for fraction in GRID:
+        tried = _rounded(extreme * (fraction / _limits(quant)[0]), quant)
+        codes = _code(x, tried, quant)
+        tried = _rounded(_fit(x, codes, tried), quant)
+        wrong = _error(x, codes, tried)
+        better = wrong < error
+        np.copyto(best, codes, where=better)
+        np.copyto(scale, tried, where=better)
+        np.copyto(error, wrong, where=better)
+    return best, scale
+
+
+def _fit(x: Array, codes: Array, scale: Array) -> Array:
+    """The scale that fits these codes best: x.q / q.q."""
+    square = np.einsum("gkn,gkn->gn", codes, codes)[:, None]
+    return np.where(square > 0, np.einsum("gkn,gkn->gn", x, codes)[:, None] / np.maximum(square, 1), scale)
+
+
+def _error(x: Array, codes: Array, scale: Array) -> Array:
+    wrong = codes * scale
+    wrong -= x
+    return np.einsum("gkn,gkn->gn", wrong, wrong)[:, None]
+
+
+def _stored(codes: Array, scales: Array, zeros: Array, quant: Quant, shape: tuple[int, ...]) -> Arrays:
+    """Back to the parameter's own axes, padding cut, packed."""
+    axis = quant.axis % len(shape)
+    rest = (*shape[:axis], *shape[axis + 1 :])
+    whole = np.moveaxis(codes.reshape(-1, *rest)[: shape[axis]], 0, axis)
+
+    def small(values: Array) -> Array:
+        return np.ascontiguousarray(
+            np.moveaxis(values.reshape(-1, *rest), 0, axis).astype(NUMPY[quant.scale])
+        )
+
+    stored = pack(whole) if quant.bits <= 4 else np.ascontiguousarray(whole)
+    return {"codes": stored, "scales": small(scales)} | ({} if quant.sym else {"zeros": small(zeros)})

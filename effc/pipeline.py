@@ -1,0 +1,134 @@
+"""`quant4{group=64},fuse` <-> passes: grammar, phases, which passes go together."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+from lark import Lark, Transformer
+from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedToken
+
+from effc.errors import EffcError, nearest
+from effc.passes import PASSES
+from effc.passes.base import Exactness, Pass
+
+CONFLICTS: Mapping[frozenset[str], str] = {
+    frozenset(
+        {"quant4", "quant8"}
+    ): "both code the same weights; keep one, e.g. quant4{embed=8,head=8} for a mix of widths",
+}
+"""Pairs that cannot run in one pipeline, and what to write instead. Every other pair is legal and tested."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes as written; `ordered` is how they run."""
+
+    passes: tuple[Pass, ...] = ()
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.passes))
+
+    @staticmethod
+    def parse(text: str) -> Pipeline:
+        """Passes from their spelling; EffcError for what is unknown, misspelt or does not go together."""
+        pipeline = Pipeline(tuple(_build(name, options) for name, options in _items(text)))
+        _check(pipeline.passes)
+        return pipeline
+
+    def ordered(self) -> tuple[Pass, ...]:
+        """In the order of their phases; as written within a phase."""
+        return tuple(sorted(self.passes, key=lambda p: p.phase))
+
+    def order_note(self) -> str:
+        """What to tell the user where the order written is not the order run, else nothing."""
+        ordered = self.ordered()
+        if ordered == self.passes:
+            return ""
+        shown = " -> ".join(f"{p.name} ({p.phase})" for p in ordered)
+        return f"passes run by phase, not as written: {shown}"
+
+    def exactness(self) -> Exactness:
+        """That of its worst pass."""
+        return max((p.exactness for p in self.passes), default=Exactness.EXACT)
+
+
+def _build(name: str, options: list[tuple[str, str]]) -> Pass:
+    if name not in PASSES:
+        raise EffcError(
+            f"--passes: no pass '{name}', want some of {', '.join(PASSES)}{nearest(name, PASSES)}"
+        )
+    twice = [key for key, count in Counter(key for key, _ in options).items() if count > 1]
+    if twice:
+        raise EffcError(f"{name}: option '{twice[0]}' is given twice, want it once")
+    return PASSES[name].build(dict(options))
+
+
+def _check(passes: tuple[Pass, ...]) -> None:
+    names = [p.name for p in passes]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise EffcError(f"--passes: '{twice[0]}' is there {names.count(twice[0])} times, want it once")
+    for pair, mend in CONFLICTS.items():
+        if pair <= set(names):
+            first, second = sorted(pair, key=names.index)
+            raise EffcError(f"--passes: '{first}' and '{second}' do not go together: {mend}")
+
+
+class _Read(Transformer):  # type: ignore[type-arg]
+    """Parse tree -> [(pass name, [(option, text)])]."""
+
+    def pipeline(
+        self, items: list[tuple[str, list[tuple[str, str]]] | None]
+    ) -> list[tuple[str, list[tuple[str, str]]]]:
+        return [item for item in items if item]
+
+    def item(self, parts: list) -> tuple[str, list[tuple[str, str]]]:  # type: ignore[type-arg]
+        return str(parts[0]), [part for part in parts[1:] if part]
+
+    def option(self, parts: list) -> tuple[str, str]:  # type: ignore[type-arg]
+        return str(parts[0]), parts[1]
+
+    def quoted(self, parts: list[str]) -> str:
+        return json.loads(parts[0])
+
+    def bare(self, parts: list[str]) -> str:
+        return str(parts[0])
+
+
+@cache
+def _parser() -> Lark:
+    text = resources.files("effc").joinpath("pipeline.lark").read_text()
+    return Lark(text, parser="lalr", maybe_placeholders=False)
+
+
+def _items(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    try:
+        return _Read().transform(_parser().parse(text))
+    except UnexpectedInput as error:
+        raise EffcError(_message(text, error)) from None
+
+
+_WORDS = {"COMMA": "','", "LBRACE": "'{'", "RBRACE": "'}'", "EQUAL": "'='", "NAME": "a name", "BARE": "a value",
+          "STRING": "a quoted value", "$END": "the end"}  # fmt: skip
+
+
+def _message(text: str, error: UnexpectedInput) -> str:
+    """Place, what was wanted, and the text with a caret."""
+    column = len(text) + 1 if error.column in (None, -1) or _at_end(error) else error.column
+    wanted: set[str] = set()
+    if isinstance(error, UnexpectedToken):
+        wanted = error.accepts or error.expected
+    if isinstance(error, UnexpectedCharacters):
+        wanted = error.allowed or set()
+    words = " or ".join(sorted(_WORDS.get(name, name) for name in wanted - {"STRING"}))
+    what = "unexpected end" if _at_end(error) else "unexpected text"
+    return f"--passes:1:{column}: {what}, want {words}\n  {text}\n  {' ' * (column - 1)}^"
+
+
+def _at_end(error: UnexpectedInput) -> bool:
+    return isinstance(error, UnexpectedToken) and error.token.type == "$END"
