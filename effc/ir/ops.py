@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from effc.ir.core import Op
-from effc.ir.types import Size, Type
+from effc.ir.core import Attr, Op, Ref
+from effc.ir.types import DType, Size, Type
 
 Infer = Callable[[Op, Sequence[Type], Mapping[str, Type]], tuple[Type, ...]]
 
@@ -58,27 +58,52 @@ def _want(ok: bool, message: str) -> None:
         raise ShapeError(message)
 
 
+def _dtype(op: Op) -> DType:
+    """The dtype that the only output is declared with: the table computes shapes, ops choose dtypes."""
+    _want(len(op.outputs) == 1, f"defines {len(op.outputs)} values, want 1")
+    return op.out.type.dtype
+
+
+def _axes(name: str, x: Type) -> None:
+    _want(bool(x.shape), f"{name} is {x}, want 1 axis or more")
+
+
 def _norm(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
     x = inputs[0]
+    _axes("x", x)
     for role, param in params.items():
         _want(param.shape == x.shape[-1:], f"{role} is {param}, want shape [{x.shape[-1]}]")
-    return (Type(op.out.type.dtype, x.shape),)
+    return (Type(_dtype(op), x.shape),)
 
 
 def _linear(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
     x, w = inputs[0], params["w"]
     _want(len(w.shape) == 2, f"w is {w}, want a matrix")
+    _axes("x", x)
     k, n = w.shape if op.attrs.get("layout", "kn") == "kn" else w.shape[::-1]
     _want(x.shape[-1] == k, f"x is {x} and w is {w}: {x.shape[-1]} is not {k}")
     if "bias" in params:
         _want(params["bias"].shape == (n,), f"bias is {params['bias']}, want shape [{n}]")
-    return (Type(op.out.type.dtype, (*x.shape[:-1], n)),)
+    return (Type(_dtype(op), (*x.shape[:-1], n)),)
 
 
 def _embed(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
     table = params["table"]
     _want(len(table.shape) == 2, f"table is {table}, want a matrix")
-    return (Type(op.out.type.dtype, (*inputs[0].shape, table.shape[1])),)
+    return (Type(_dtype(op), (*inputs[0].shape, table.shape[1])),)
+
+
+def _param(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
+    return (Type(_dtype(op), params["value"].shape),)
+
+
+def _split(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
+    x, sizes = inputs[0], op.attrs["sizes"]
+    assert isinstance(sizes, tuple)
+    cut = [size for size in sizes if isinstance(size, int)]
+    _axes("x", x)
+    _want(sum(cut) == x.shape[-1], f"sizes add up to {sum(cut)}, want {x.shape[-1]}, the last axis of {x}")
+    return tuple(Type(x.dtype, (*x.shape[:-1], size)) for size in cut)
 
 
 def _rope_table(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
@@ -93,6 +118,7 @@ def _rope(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[T
     x, cos, sin = inputs
     _want(cos == sin, f"cos is {cos} and sin is {sin}, want one type")
     _want(len(x.shape) == 4, f"x is {x}, want [b,t,heads,dims]")
+    _axes("cos", cos)
     width, half = x.shape[-1], cos.shape[-1]
     ok = isinstance(width, int) and isinstance(half, int) and 2 * half <= width
     _want(ok, f"cos has {half} columns, x only {width} dims a head")
@@ -106,8 +132,10 @@ def _attention(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tu
     _want(q.shape[-1] == k.shape[-1], f"q is {q} and k is {k}: different dims a head")
     _want(k.shape[:3] == v.shape[:3], f"k is {k} and v is {v}: different heads")
     heads, groups = q.shape[2], k.shape[2]
-    whole = isinstance(heads, int) and isinstance(groups, int) and heads % groups == 0
-    _want(whole, f"{heads} query heads do not divide among {groups} key heads")
+    whole = isinstance(heads, int) and isinstance(groups, int) and groups and heads % groups == 0
+    _want(bool(whole), f"{heads} query heads do not divide among {groups} key heads")
+    masked = op.attrs.get("mask", "causal") == "region"
+    _want(masked == ("bias" in op.regions), "mask=region and a region 'bias' go together")
     return (Type(q.dtype, (*q.shape[:3], v.shape[-1])),)
 
 
@@ -126,7 +154,7 @@ def _broadcast(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tu
         wide = {s for s in sizes if s != 1}
         _want(len(wide) <= 1, f"operands {', '.join(map(str, inputs))} do not line up")
         shape.append(wide.pop() if wide else 1)
-    return (Type(op.out.type.dtype, tuple(shape)),)
+    return (Type(_dtype(op), tuple(shape)),)
 
 
 def _row(
@@ -142,34 +170,39 @@ def _row(
 _L, _P, _C, _M = Along.LOCAL, Along.POSITION, Along.CACHED, Along.MIXES
 
 _ROWS = [
-    # kind         operands      parameters      attributes                         shape        tokens meaning
+    # kind, operands, parameters, attributes, shape, what it does along the tokens, meaning, regions
     _row("const", "", "", "value:any", _declared, _L, "a literal, filled to the output's shape"),
-    _row("param", "", "value", "", _declared, _L, "a parameter as a value, whole"),
+    _row("param", "", "value", "", _param, _L, "a parameter as a value, whole"),
     _row("positions", "tokens", "", "", lambda op, i, p: (Type("i32", i[0].shape),), _P,
          "position of every token in its sequence, i32[b,t]"),
     _row("embed", "ids", "table", "", _embed, _L, "rows of table[V,d] at ids[...] -> [...,d]"),
     _row("linear", "x", "w bias?", "layout:kn|nk=kn", _linear, _L,
          "x[...,K] @ w[K,N] (layout nk: w[N,K]) + bias[N] -> [...,N], accumulated in f32"),
     _row("norm", "x", "scale? bias?", "kind:rms|layer eps:float offset:float=0.0", _norm, _L,
-         "over the last axis in f32: rms x/sqrt(mean x^2+eps), layer (x-mean)/sqrt(var+eps); times (scale+offset) plus bias"),
+         "over the last axis in f32: rms x/sqrt(mean x^2+eps), layer (x-mean)/sqrt(var+eps); "
+         "times (scale+offset) plus bias"),
     _row("rope_table", "positions", "freq?", "dims:int theta:float=0.0 scale:float=1.0", _rope_table, _L,
-         "cos and sin of position*freq[dims/2], each [b,t,dims/2] times scale; freq = theta^(-2i/dims) if not given"),
+         "cos and sin of position*freq[dims/2], each [b,t,dims/2] times scale; "
+         "freq = theta^(-2i/dims) if not given"),
     _row("rope", "x cos sin", "", "style:half|interleaved=half", _rope, _L,
-         "rotate pairs of the first 2*cos.shape[-1] dims of x[b,t,h,d]; half: (i, i+n), interleaved: (2i, 2i+1)"),
-    _row("attention", "q k v extra*", "bias*", "scale:float=1.0 mask:causal|region=causal window:int=0 softcap:float=0.0",
-         _attention, _C,
-         "softmax(mask(softcap(scale*q.k))) v over this and earlier tokens; q[b,t,h,d] k[b,t,g,d] v[b,t,g,e] -> [b,t,h,e]; "
+         "rotate pairs of the first 2*cos.shape[-1] dims of x[b,t,h,d]; "
+         "half: (i, i+n), interleaved: (2i, 2i+1)"),
+    _row("attention", "q k v extra*", "bias*",
+         "scale:float=1.0 mask:causal|region=causal window:int=0 softcap:float=0.0", _attention, _C,
+         "softmax(mask(softcap(scale*q.k))) v over this and earlier tokens; "
+         "q[b,t,h,d] k[b,t,g,d] v[b,t,g,e] -> [b,t,h,e]; "
          "window n: the last n keys only; region `bias`(q position, k position, head) is added to the scores",
-         "bias"),
+         "bias?"),
     _row("silu", "x", "", "", _same, _L, "x * sigmoid(x)"),
     _row("gelu", "x", "", "approx:tanh|erf=tanh", _same, _L, "Gaussian error linear unit"),
     _row("softcap", "x", "", "cap:float", _same, _L, "cap * tanh(x / cap)"),
-    _row("split", "x", "", "sizes:ints", _declared, _L, "cut the last axis into pieces of these sizes"),
+    _row("split", "x", "", "sizes:ints", _split, _L, "cut the last axis into pieces of these sizes"),
     _row("repeat", "x*", "", "block:ref times:int carry:int=1", _repeat, _C,
-         "run a block `times` times; the first `carry` operands are fed back, the rest are the same each time; "
+         "run a block `times` times; the first `carry` operands are fed back, the rest stay the same; "
          "stacked parameters give their i-th array to the i-th run"),
     _row("window", "x*", "", "why:str", _declared, _C,
-         "run the region over all tokens so far and keep the rows of this call: right for any causal op, costs O(length) a token",
+         "run the region over all tokens so far and keep the rows of this call: "
+         "right for any causal op, costs O(length) a token",
          "body"),
 ]  # fmt: skip
 
@@ -178,7 +211,7 @@ add sub mul div rem max min pow atan2 nextafter eq ne lt le gt ge and or xor not
 round abs exp exp2 expm1 log log1p tanh logistic sin cos tan asin acos atan sinh cosh sqrt rsqrt cbrt
 erf erfc erf_inv is_finite square integer_pow convert_element_type select_n clamp population_count
 shift_left shift_right_logical shift_right_arithmetic reduce_precision
-""".split()
+""".split()  # noqa: SIM905
 
 ELEMENTWISE: frozenset[str] = frozenset(f"lax.{name}" for name in _ELEMENTWISE)
 """Primitives that act on each element by itself; a size of 1 stretches."""
@@ -186,7 +219,9 @@ ELEMENTWISE: frozenset[str] = frozenset(f"lax.{name}" for name in _ELEMENTWISE)
 OPS: Mapping[str, OpSpec] = {row.kind: row for row in _ROWS}
 """Every op of the transformer level by kind."""
 
-_LAX_ELEMENTWISE = OpSpec("lax", ("x*",), (), {"*": "any"}, ("body*",), _broadcast, Along.LOCAL, "elementwise primitive")
+_LAX_ELEMENTWISE = OpSpec(
+    "lax", ("x*",), (), {"*": "any"}, ("body*",), _broadcast, Along.LOCAL, "elementwise primitive"
+)
 _LAX = OpSpec("lax", ("x*",), (), {"*": "any"}, ("body*",), _declared, Along.MIXES, "traced primitive")
 
 
@@ -197,3 +232,17 @@ def spec_of(kind: str) -> OpSpec | None:
     if kind.startswith("lax."):
         return _LAX
     return OPS.get(kind)
+
+
+def attribute(op: Op, name: str) -> Attr | Ref:
+    """An attribute of a transformer op, or the table's default where the op leaves it out; else None."""
+    if name in op.attrs:
+        return op.attrs[name]
+    spec = spec_of(op.kind)
+    kind, _, default = spec.attrs.get(name, "").partition("=") if spec else ("", "", "")
+    if kind in _NUMBERS and default:
+        return _NUMBERS[kind](default)
+    return default or None
+
+
+_NUMBERS: Mapping[str, Callable[[str], int | float]] = {"int": int, "float": float}

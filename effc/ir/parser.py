@@ -145,7 +145,7 @@ class _Build:
         return parts[0], "meta", _unique(parts[1])
 
     def decode(self, parts: list[Any]) -> _Named:
-        word, (token, strategy), attrs = parts
+        word, (_, strategy), attrs = parts
         return word, "decode", Decode(strategy, _unique(attrs or []))
 
     def param(self, parts: list[Any]) -> _Named:
@@ -358,15 +358,19 @@ def _quant(dtype: Token, fields: list[list[Token]]) -> Quant:
 
 
 def _quant_field(name: Token, value: Token | None) -> tuple[str, int | str | bool]:
-    bare: dict[str, tuple[str, int | bool]] = {
-        "channel": ("group", 0), "sym": ("sym", True), "asym": ("sym", False),
-    }  # fmt: skip
-    if value is None and str(name) in bare:
-        return bare[str(name)]
-    if value is not None and name in ("group", "axis") and value.type == "INT":
-        return str(name), int(value)
-    if value is not None and name == "scale" and value.type == "ID":
-        return "scale", str(value)
-    hint = nearest(str(name), [*bare, "group", "axis", "scale"])
+    """Field of Quant and its value for `group=64`, `sym`, ..."""
+    setting = str(name)
+    if value is None and setting in _BARE:
+        return _BARE[setting]
+    if value is not None and setting in ("group", "axis") and value.type == "INT":
+        return setting, int(value)
+    if value is not None and setting == "scale" and value.type == "ID":
+        return setting, str(value)
+    hint = nearest(setting, [*_BARE, "group", "axis", "scale"])
     want = "want channel or group=N, sym or asym, scale=DTYPE, axis=N"
-    raise _Fault(name.start_pos or 0, f"quantization setting {str(name)!r}, {want}{hint}")
+    raise _Fault(name.start_pos or 0, f"quantization setting '{setting}', {want}{hint}")
+
+
+_BARE: dict[str, tuple[str, int | bool]] = {
+    "channel": ("group", 0), "sym": ("sym", True), "asym": ("sym", False),
+}  # fmt: skip

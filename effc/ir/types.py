@@ -88,7 +88,7 @@ def divide(size: Size, by: Size) -> Size | None:
     divisor = _terms(by)
     if len(divisor) != 1:
         return 1 if size == by else None
-    (monomial, value), powers = divisor[0], dict(divisor[0][0])
+    value, powers = divisor[0][1], dict(divisor[0][0])
     out: list[tuple[Monomial, Fraction]] = []
     for mono, coefficient in _terms(size):
         left = dict(mono)
