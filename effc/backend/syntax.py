@@ -1,0 +1,195 @@
+"""Pieces of Python source as libcst nodes: names, literals, calls, statements, functions."""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import libcst as cst
+
+from effc.errors import EffcError
+from effc.ir.core import Attr, Dim, Ref, Type
+
+WIDTH = 100
+"""Longer calls get an argument a line."""
+
+Expr = cst.BaseExpression
+Line = cst.BaseStatement | cst.EmptyLine
+
+
+class Names:
+    """Python names for IR values: kept where they are valid and free, else altered until they are."""
+
+    def __init__(self, taken: Iterable[str]):
+        self._taken = {*taken, *dir(builtins)} | set(keyword.kwlist)
+        self._of: dict[str, str] = {}
+
+    def __getitem__(self, value: str) -> str:
+        return self._of[value]
+
+    def new(self, value: str) -> str:
+        """The name for a value not seen before."""
+        self._of[value] = self.fresh(value)
+        return self._of[value]
+
+    def alias(self, value: str, name: str) -> None:
+        """Call `value` what something else is called already."""
+        self._of[value] = name
+
+    def fresh(self, wanted: str) -> str:
+        """A name like `wanted` that nothing has."""
+        base = re.sub(r"\W", "_", wanted)
+        name = base = base if base[:1].isidentifier() else f"v{base}"
+        count = 2
+        while name in self._taken:
+            name, count = (f"{base}_", count) if name == base else (f"{base}_{count}", count + 1)
+        self._taken.add(name)
+        return name
+
+
+def expr(text: str) -> Expr:
+    """A parsed expression."""
+    return cst.parse_expression(text)
+
+
+def name(text: str) -> cst.Name:
+    """A plain name."""
+    return cst.Name(text)
+
+
+def string(text: str) -> cst.SimpleString:
+    """A literal in double quotes where it can be."""
+    body = repr(text)
+    if body[0] == "'" and '"' not in body:
+        body = f'"{body[1:-1]}"'
+    return cst.SimpleString(body)
+
+
+def literal(value: Attr | Ref) -> Expr:
+    """An attribute's value; sizes are formulas of the local b and t."""
+    match value:
+        case bool() | None | int():
+            return expr(repr(value))
+        case float():
+            return expr(_float(value))
+        case str():
+            return string(value)
+        case Dim():
+            return expr(_formula(value))
+        case tuple():
+            return sequence([literal(item) for item in value])
+        case Ref() | Type():
+            raise EffcError(f"emit: {value} as an attribute, want a number, word, size or tuple")
+
+
+def _float(value: float) -> str:
+    if math.isnan(value):
+        return "jnp.nan"
+    if math.isinf(value):
+        return "jnp.inf" if value > 0 else "-jnp.inf"
+    return repr(value)
+
+
+def _formula(size: Dim) -> str:
+    """`2*b*t+1`; quotients are whole whenever the size is."""
+    return str(size).replace("^", "**").replace("/", "//")
+
+
+def sequence(items: Sequence[Expr]) -> cst.Tuple:
+    """A tuple, `(a,)` when single."""
+    comma = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
+    last = cst.Comma() if len(items) == 1 else cst.MaybeSentinel.DEFAULT
+    marks = [comma] * (len(items) - 1) + [last]
+    return cst.Tuple([cst.Element(item, mark) for item, mark in zip(items, marks, strict=False)])
+
+
+def item(of: str, *keys: str | int) -> Expr:
+    """`params["embed"]`, `params["layers"][0]`."""
+    text = of + "".join(f"[{string(k).value}]" if isinstance(k, str) else f"[{k}]" for k in keys)
+    return expr(text)
+
+
+def call(function: str, args: Sequence[Expr], keywords: Mapping[str, Expr] | None = None) -> cst.Call:
+    """`function(args, key=value)`, broken into lines where it would be wide."""
+    tight = cst.AssignEqual(cst.SimpleWhitespace(""), cst.SimpleWhitespace(""))
+    all_args = [cst.Arg(a) for a in args]
+    all_args += [cst.Arg(v, keyword=name(k), equal=tight) for k, v in (keywords or {}).items()]
+    node = cst.Call(expr(function), all_args)
+    return node if len(code(node)) <= WIDTH else _broken(node)
+
+
+def _broken(node: cst.Call) -> cst.Call:
+    def newline(indent: str) -> cst.ParenthesizedWhitespace:
+        return cst.ParenthesizedWhitespace(indent=True, last_line=cst.SimpleWhitespace(indent))
+
+    inner = [a.with_changes(comma=cst.Comma(whitespace_after=newline("    "))) for a in node.args[:-1]]
+    last = node.args[-1].with_changes(comma=cst.Comma(whitespace_after=newline("")))
+    return node.with_changes(args=[*inner, last], whitespace_before_args=newline("    "))
+
+
+def binary(left: Expr, operator: str, right: Expr) -> Expr:
+    """`left operator right` of two simple operands."""
+    return expr(f"{code(left)} {operator} {code(right)}")
+
+
+def assign(targets: Sequence[str], value: Expr) -> cst.SimpleStatementLine:
+    """`a, b = value`."""
+    left = name(targets[0]) if len(targets) == 1 else expr(", ".join(targets))
+    return line(cst.Assign([cst.AssignTarget(left)], value))
+
+
+def line(small: cst.BaseSmallStatement) -> cst.SimpleStatementLine:
+    """One statement on a line of its own."""
+    return cst.SimpleStatementLine([small])
+
+
+def give(values: Sequence[Expr]) -> cst.SimpleStatementLine:
+    """`return a, b`."""
+    bare = sequence(values).with_changes(lpar=[], rpar=[]) if len(values) > 1 else values[0]
+    return line(cst.Return(bare))
+
+
+def loop(target: str, over: Expr, body: Sequence[cst.BaseStatement]) -> cst.For:
+    """`for target in over:`."""
+    return cst.For(name(target), over, cst.IndentedBlock(list(body)))
+
+
+def function(
+    title: str,
+    parameters: Sequence[str],
+    body: Sequence[cst.BaseStatement],
+    *,
+    doc: str = "",
+    notes: Sequence[str] = (),
+) -> cst.FunctionDef:
+    """`def title(parameters):` with a docstring and comments on entry; `a=None` is a default."""
+    head = cst.parse_statement(f"def {title}({', '.join(parameters)}): pass")
+    assert isinstance(head, cst.FunctionDef)
+    statements = [line(cst.Expr(cst.SimpleString(f'"""{doc}"""')))] if doc else []
+    return head.with_changes(body=cst.IndentedBlock([*statements, *commented(body, notes)]))
+
+
+def commented(body: Sequence[cst.BaseStatement], notes: Sequence[str]) -> list[cst.BaseStatement]:
+    """`body` with comment lines before its first statement."""
+    marks = [cst.EmptyLine(comment=cst.Comment(f"# {note}")) for note in notes]
+    first = body[0]
+    return [first.with_changes(leading_lines=[*marks, *getattr(first, "leading_lines", ())]), *body[1:]]
+
+
+def spaced(statement: cst.BaseStatement, lines: int) -> cst.BaseStatement:
+    """`statement` after blank lines."""
+    blank = [cst.EmptyLine(indent=False)] * lines
+    return statement.with_changes(leading_lines=[*blank, *getattr(statement, "leading_lines", ())])
+
+
+def statements(text: str) -> list[cst.BaseStatement]:
+    """Parsed statements of a template."""
+    return [s for s in cst.parse_module(text.strip() + "\n").body if isinstance(s, cst.BaseStatement)]
+
+
+def code(node: cst.CSTNode) -> str:
+    """Its source."""
+    return cst.Module([]).code_for_node(node)

@@ -1,0 +1,130 @@
+"""What earlier tokens leave behind: keys and values of every attention op, and a length a sequence.
+
+`Step` is one call's view of a cache. It lives while one call is traced: ops take their entries in the
+order they run, which is the same in every call, so entries are a plain list, one a run of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("heads",))
+@dataclass(frozen=True)
+class Rows:
+    """Values of all tokens so far; rows at and past a sequence's length mean nothing.
+
+    Where heads is g > 0 values are [b*g,S,d], for [b,S,g,d]: products with keys then read the array
+    that is updated in place as it is (a reshape between makes XLA copy it). Else [b,S,...].
+    """
+
+    values: tuple[jax.Array, ...]
+    heads: tuple[int, ...]
+
+    def all(self) -> tuple[jax.Array, ...]:
+        """Each as [b,S,...]."""
+        return tuple(_outer(value, g) for value, g in zip(self.values, self.heads, strict=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """lengths i32[b]: tokens each sequence holds; entries: one `Rows` an op that looks back."""
+
+    lengths: jax.Array
+    entries: tuple[Rows, ...]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens there is room for in each sequence."""
+        return self.entries[0].values[0].shape[1] if self.entries else 2**31 - 1
+
+
+def _inner(value: jax.Array) -> jax.Array:
+    """[b,t,g,d] as stored; other ranks as they are."""
+    if value.ndim != 4:
+        return value
+    b, t, g, d = value.shape
+    return value.swapaxes(1, 2).reshape(b * g, t, d)
+
+
+def _outer(stored: jax.Array, heads: int) -> jax.Array:
+    """A stored value as [b,S,...]."""
+    if not heads:
+        return stored
+    rows, S, d = stored.shape
+    return stored.reshape(rows // heads, heads, S, d).swapaxes(1, 2)
+
+
+class Step:
+    """One call: t new tokens of each sequence after those in the cache (none: from the start).
+
+    valid i32[b] says how many of the t are tokens, the rest being padding on the right: lengths grow
+    by that much and `last` keeps one row a sequence. Rows that padding leaves are overwritten later.
+    """
+
+    def __init__(self, tokens: jax.Array, cache: Cache | None = None, valid: jax.Array | None = None):
+        self._batch, self._count = tokens.shape
+        self._before, self._valid, self._after = cache, valid, list[Rows]()
+        self.lengths = jnp.zeros(self._batch, jnp.int32) if cache is None else cache.lengths
+        self.positions = self.lengths[:, None] + jnp.arange(self._count, dtype=jnp.int32)[None, :]
+
+    def append(self, *values: jax.Array) -> tuple[jax.Array, ...]:
+        """Each [b,t,...] after the rows kept so far: [b,S,...]."""
+        heads = tuple(value.shape[2] if value.ndim == 4 else 0 for value in values)
+        stored = tuple(map(_inner, values))
+        if self._before is not None:
+            kept = self._before.entries[len(self._after)].values
+            stored = tuple(_write(old, new, self.lengths) for old, new in zip(kept, stored, strict=True))
+        self._after.append(Rows(stored, heads))
+        return self._after[-1].all()
+
+    def last(self, x: jax.Array) -> jax.Array:
+        """[b,1,...]: the row of the last valid token; x[b,t,...] itself when all are valid."""
+        if self._valid is None or self._count == 1:
+            return x
+        index = jnp.maximum(self._valid - 1, 0).reshape((-1,) + (1,) * (x.ndim - 1))
+        return jnp.take_along_axis(x, index, axis=1)
+
+    @property
+    def cached(self) -> bool:
+        """Whether there were rows before this call."""
+        return self._before is not None
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """[b,t,...]: the rows of this call's tokens out of x[b,S,...]."""
+        index = self.positions.reshape(self.positions.shape + (1,) * (x.ndim - 2))
+        return jnp.take_along_axis(x, index, axis=1, mode="clip")
+
+    def cache(self) -> Cache:
+        """The cache after this call."""
+        grown = self._count if self._valid is None else self._valid
+        return Cache(self.lengths + grown, tuple(self._after))
+
+
+def _write(old: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
+    """`old` with sequence i of `new` written at row lengths[i], in place where donated."""
+    new, sequences = new.astype(old.dtype), lengths.shape[0]
+    each, rest = old.shape[0] // sequences, (0,) * (old.ndim - 2)
+    for i in range(sequences):
+        part = lax.slice_in_dim(new, i * each, (i + 1) * each)
+        old = lax.dynamic_update_slice(old, part, (i * each, lengths[i], *rest))
+    return old
+
+
+def empty_cache(extend: Callable[..., Any], params: Any, batch: int, capacity: int) -> Cache:
+    """A cache of zeros for `extend(params, tokens, cache)`; shapes are read off one abstract call."""
+    tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    shapes: Cache = jax.eval_shape(lambda p, x: extend(p, x)[1], params, tokens)
+
+    def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.zeros((x.shape[0], capacity, *x.shape[2:]), x.dtype)
+
+    return Cache(jnp.zeros(batch, jnp.int32), jax.tree.map(zeros, shapes.entries))

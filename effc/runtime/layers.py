@@ -1,0 +1,172 @@
+"""What the IR's transformer ops compute, in plain JAX. Interpreter and emitted programs call these.
+
+Shapes: b sequences, t tokens of this call, S keys so far, d width, h query heads, g key/value heads.
+Softmax, norms and sums of products are f32; results have the dtype of the first operand unless
+`dtype` says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from effc.runtime.qarray import QArray
+
+Weight = jax.Array | QArray
+BiasFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(query position, key position, head), each i32[] -> f32[] added to that score."""
+
+
+def norm(
+    x: jax.Array, scale: jax.Array | None = None, bias: jax.Array | None = None, *,
+    kind: str, eps: float, offset: float = 0.0, dtype: Any = None,
+) -> jax.Array:  # fmt: skip
+    """Over the last axis: rms x/sqrt(mean x^2+eps), layer (x-mean)/sqrt(var+eps); *(scale+offset)+bias."""
+    wide = x.astype(jnp.float32)
+    if kind == "layer":
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    y = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    if scale is not None:
+        y = y * _along_last(scale.astype(jnp.float32) + offset if offset else scale, y)
+    if bias is not None:
+        y = y + _along_last(bias, y)
+    return y.astype(dtype or x.dtype)
+
+
+def linear(
+    x: jax.Array, w: Weight, bias: jax.Array | None = None, *, layout: str = "kn", dtype: Any = None
+) -> jax.Array:
+    """x[...,K] @ w[K,N] (layout nk: w[N,K]) + bias[N] -> [...,N]."""
+    matrix = w.dequantize(x.dtype) if isinstance(w, QArray) else w.astype(x.dtype)
+    y = _matmul(x, matrix, layout)
+    if bias is not None:
+        y = y + _along_last(bias, y)
+    return y.astype(dtype or x.dtype)
+
+
+def _matmul(x: jax.Array, w: jax.Array, layout: str) -> jax.Array:
+    """f32 [...,N]. A few rows against [N,K] are faster with the weights as the left operand."""
+    rows = x.size // x.shape[-1] if x.size else 0
+    if layout == "kn":
+        return _dot(x, w, x.ndim - 1, 0)
+    if 1 < rows <= 16:
+        return jnp.moveaxis(_dot(w, x, 1, x.ndim - 1), 0, -1)
+    return _dot(x, w, x.ndim - 1, 1)
+
+
+def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int, batch: int = 0) -> jax.Array:
+    """f32 products over one axis of each; the first `batch` axes are shared."""
+    shared = tuple(range(batch))
+    axes = (((x_axis,), (y_axis,)), (shared, shared))
+    return lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
+
+
+def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """vector[N] in like's rank and dtype."""
+    return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+def embed(ids: jax.Array, table: Weight, *, dtype: Any = None) -> jax.Array:
+    """Rows of table[V,d] at ids[...] -> [...,d]; the ids must be in 0..V-1."""
+    if isinstance(table, QArray):
+        if table.axis == -1:
+            return table.rows(ids).dequantize(dtype or jnp.float32)
+        return jnp.take(table.dequantize(dtype or jnp.float32), ids, axis=0)
+    return jnp.take(table, ids, axis=0).astype(dtype or table.dtype)
+
+
+def rope_table(
+    positions: jax.Array, freq: jax.Array | None = None, *, dims: int, theta: float = 0.0, scale: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of position*freq[dims/2], each f32[b,t,dims/2] times scale."""
+    if freq is None:
+        freq = theta ** (-jnp.arange(0, dims, 2, dtype=jnp.float32) / dims)
+    angles = positions[..., None].astype(jnp.float32) * freq.reshape((1,) * positions.ndim + freq.shape)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rope(x: jax.Array, cos: jax.Array, sin: jax.Array, *, style: str = "half") -> jax.Array:
+    """Rotate pairs of the first 2n dims of x[b,t,h,d], n = cos.shape[-1]: half (i, i+n), interleaved (2i, 2i+1)."""
+    n = cos.shape[-1]
+    turned, rest = x[..., : 2 * n].astype(jnp.float32), x[..., 2 * n :]
+    c, s = cos[:, :, None, :], sin[:, :, None, :]
+    if style == "half":
+        x1, x2 = turned[..., :n], turned[..., n:]
+        y = jnp.concatenate([x1 * c - x2 * s, x2 * c + x1 * s], axis=-1)
+    else:
+        x1, x2 = turned[..., 0::2], turned[..., 1::2]
+        y = jnp.stack([x1 * c - x2 * s, x2 * c + x1 * s], axis=-1).reshape(turned.shape)
+    y = y.astype(x.dtype)
+    return jnp.concatenate([y, rest], axis=-1) if rest.shape[-1] else y
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, bias_fn: BiasFn | None = None, *,
+    scale: float = 1.0, window: int = 0, softcap: float = 0.0,
+) -> jax.Array:  # fmt: skip
+    """q[b,t,h,d] k[b,S,g,d] v[b,S,g,e] -> [b,t,h,e]; key j is attended by i iff j <= positions[b,i].
+
+    Key j sits at position j; window n leaves the last n. Keys past a query's position are unfilled
+    cache rows: whatever is in k there has no effect, what is in v must be finite (it is multiplied
+    by exactly 0; caches start as zeros).
+    """
+    b, t, h, d = q.shape
+    S, g, r = k.shape[1], k.shape[2], h // k.shape[2]
+    rows = _by_head(q.reshape(b, t, g, r, d).transpose(0, 1, 3, 2, 4).reshape(b, t * r, g, d))
+    scores = _dot(rows, _by_head(k).astype(q.dtype), 2, 2, batch=1).reshape(b, g, t, r, S) * scale
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias_fn is not None:
+        scores = scores + score_bias(bias_fn, positions, S, h).reshape(b, g, r, t, S).swapaxes(2, 3)
+    scores = jnp.where(visible(positions, S, window)[:, None, :, None, :], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(b * g, t * r, S)
+    out = _dot(weights, _by_head(v).astype(q.dtype), 2, 1, batch=1).astype(q.dtype)
+    return out.reshape(b, g, t, r, -1).transpose(0, 2, 1, 3, 4).reshape(b, t, h, -1)
+
+
+def _by_head(x: jax.Array) -> jax.Array:
+    """[b,n,g,d] as [b*g,n,d]: the shape products run in, and the one caches are stored in."""
+    b, n, g, d = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(b * g, n, d)
+
+
+def visible(positions: jax.Array, S: int, window: int = 0) -> jax.Array:
+    """bool[b,t,S]: which keys each query sees."""
+    key = jnp.arange(S, dtype=positions.dtype)[None, None, :]
+    query = positions[:, :, None]
+    seen = key <= query
+    return seen & (key > query - window) if window else seen
+
+
+def score_bias(bias_fn: BiasFn, positions: jax.Array, S: int, heads: int) -> jax.Array:
+    """f32[b,h,t,S] of a function of scalars; what does not depend on an axis is computed once along it."""
+    over = jax.vmap(bias_fn, (None, 0, None))  # keys
+    over = jax.vmap(over, (0, None, None))  # tokens
+    over = jax.vmap(over, (None, None, 0))  # heads
+    over = jax.vmap(over, (0, None, None))  # sequences
+    keys, head = jnp.arange(S, dtype=jnp.int32), jnp.arange(heads, dtype=jnp.int32)
+    return over(positions, keys, head).astype(jnp.float32)
+
+
+def silu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(x)."""
+    return x * jax.nn.sigmoid(x)
+
+
+def gelu(x: jax.Array, *, approx: str = "tanh") -> jax.Array:
+    """Gaussian error linear unit, by tanh or erf."""
+    return jax.nn.gelu(x, approximate=approx == "tanh")
+
+
+def softcap(x: jax.Array, *, cap: float) -> jax.Array:
+    """cap * tanh(x / cap)."""
+    return cap * jnp.tanh(x / cap)
+
+
+def split(x: jax.Array, *, sizes: Sequence[int]) -> tuple[jax.Array, ...]:
+    """The last axis cut into pieces of these sizes."""
+    return tuple(lax.split(x, sizes, axis=x.ndim - 1))

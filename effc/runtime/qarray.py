@@ -1,0 +1,106 @@
+"""Quantized arrays: integer codes, a scale (and perhaps a zero point) per group along one axis.
+
+`x ~ (code - zero) * scale`. The element at place k of the grouped axis belongs to group k // group,
+so the last group is short where the axis is not a multiple of the group; codes are never padded.
+
+Stored layout, version 1. `codes` has the array's own shape: int8 for 5 to 8 bits; for 2 to 4 bits
+uint8 with two codes a byte along the last axis, element 2j in the low four bits of byte j and
+element 2j+1 in the high four, each two's complement; an odd last axis leaves the last high half 0.
+`scales` (f32, f16 or bf16) has ceil(K / group) in place of K; `zeros`, where there are any, is like it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+VERSION = 1
+"""Of the stored layout."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("codes", "scales", "zeros"),
+    meta_fields=("bits", "group", "axis", "width"),
+)
+@dataclass(frozen=True)
+class QArray:
+    """codes [..,K,N] (packed), scales [..,ceil(K/group),N] where axis is -2; axis -1 likewise.
+
+    width is the unpacked length of the last axis; group 0 is the whole axis.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    zeros: jax.Array | None
+    bits: int
+    group: int
+    axis: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array it stands for."""
+        return (*self.codes.shape[:-1], self.width)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def sym(self) -> bool:
+        """Whether there are no zero points."""
+        return self.zeros is None
+
+    def unpacked(self) -> jax.Array:
+        """int8 codes, one an element."""
+        return unpack(self.codes, self.width) if self.bits <= 4 else self.codes
+
+    def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The array it stands for, computed in f32."""
+        spread = partial(spread_groups, group=self.group, axis=self.axis, extent=self.shape[self.axis])
+        values = self.unpacked().astype(jnp.float32)
+        if self.zeros is not None:
+            values = values - spread(self.zeros.astype(jnp.float32))
+        return (values * spread(self.scales.astype(jnp.float32))).astype(dtype)
+
+    def rows(self, ids: jax.Array) -> QArray:
+        """Rows of a table [V,D] grouped along D: only these rows' codes and scales are read."""
+        zeros = None if self.zeros is None else jnp.take(self.zeros, ids, axis=0)
+        codes, scales = jnp.take(self.codes, ids, axis=0), jnp.take(self.scales, ids, axis=0)
+        return QArray(codes, scales, zeros, self.bits, self.group, self.axis, self.width)
+
+
+def spread_groups(values: jax.Array, *, group: int, axis: int, extent: int) -> jax.Array:
+    """One value an element of the grouped axis, from one a group."""
+    count = values.shape[axis]
+    if count == 1:
+        return values
+    shape = list(values.shape)
+    shape.insert(len(shape) + axis + 1, group)
+    wide = jnp.broadcast_to(jnp.expand_dims(values, len(shape) + axis), shape)
+    flat = list(values.shape)
+    flat[axis] = count * group
+    return jax.lax.slice_in_dim(wide.reshape(flat), 0, extent, axis=values.ndim + axis)
+
+
+def unpack(packed: jax.Array, width: int) -> jax.Array:
+    """int8 codes [..,width] from bytes [..,ceil(width/2)]."""
+    signed = jax.lax.bitcast_convert_type(packed, jnp.int8)
+    low, high = jnp.left_shift(signed, 4) >> 4, signed >> 4
+    both = jnp.stack([low, high], axis=-1).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+    return both[..., :width]
+
+
+def pack(codes: np.ndarray) -> np.ndarray:
+    """Bytes [..,ceil(N/2)] as stored, from codes [..,N] in -8..7."""
+    odd = codes.shape[-1] % 2
+    padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, odd)]) if odd else codes
+    nibbles = padded.astype(np.int8).view(np.uint8) & 0xF
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
