@@ -204,9 +204,12 @@ def _followed(names: Sequence[str], new: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _end(name: str, new: Mapping[str, str]) -> str:
-    while name in new and new[name] != name:
+    """Where a chain of replacements ends; ValueError where it goes in a circle."""
+    for _ in range(len(new) + 1):
+        if new.get(name, name) == name:
+            return name
         name = new[name]
-    return name
+    raise ValueError(f"%{name} is replaced by itself through others")
 
 
 def _renamed(values: Sequence[Value], new: Mapping[str, str]) -> tuple[Value, ...]:

@@ -41,9 +41,7 @@ class Dim:
         return self * -1 + other
 
     def __mul__(self, other: Size | Fraction) -> Size:
-        return _build(
-            [(_times(m, n), x * y) for m, x in self.terms for n, y in _terms(other)]
-        )
+        return _build([(_times(m, n), x * y) for m, x in self.terms for n, y in _terms(other)])
 
     __rmul__ = __mul__
 
