@@ -54,7 +54,7 @@ def parse(text: str, *, file: str = "<text>") -> Module:
 def parse_func(text: str, *, file: str = "<text>") -> Func:
     """One `func` or `block` by itself."""
     try:
-        return _read(text, "func")
+        return _read(text, "func")[2]
     except _Fault as fault:
         raise EffcError(_located(text, file, fault)) from None
 
