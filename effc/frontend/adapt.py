@@ -1,4 +1,4 @@
-"""Any Linen or NNX module -> a pure function (params, tokens i32[B,T]) -> logits [B,T,V], and its parameter spec."""
+"""Any Linen or NNX module -> a pure function (params, tokens i32[B,T]) -> logits [B,T,V], and its spec."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ TRANSIENT = ("cache", "intermediates", "losses", "metrics")
 PROBE = (1, 8)  # batch, length of the tokens a module is shaped with
 
 
-def from_linen(module: linen.Module, spec: PyTree | None = None, where: str = "model") -> tuple[Forward, PyTree]:
+def from_linen(
+    module: linen.Module, spec: PyTree | None = None, where: str = "model"
+) -> tuple[Forward, PyTree]:
     """spec: nested ShapeDtypeStructs when known, otherwise found by abstract initialisation."""
     module = _switched_off(module)
     arguments = _arguments(type(module).__call__, where)
@@ -65,7 +67,7 @@ def from_linen(module: linen.Module, spec: PyTree | None = None, where: str = "m
 
 
 def from_nnx(build: nnx.Module | Callable[[], nnx.Module], where: str = "model") -> tuple[Forward, PyTree]:
-    """A module, or better a function that makes one: then nothing is initialised but tables that are not nnx.Param."""
+    """A module, or better a function that makes one: then only what is not nnx.Param is initialised."""
     model = build if isinstance(build, nnx.Module) else nnx.eval_shape(build)
     model.eval()
     arguments = _arguments(type(model).__call__, where)
@@ -92,7 +94,9 @@ def logits_of(out: Any, where: str) -> jax.Array:
         out = out[0]
     out = out if isinstance(out, jax.Array) else getattr(out, "logits", out)
     if not isinstance(out, jax.Array):
-        raise EffcError(f"{where}: the module returns {type(out).__name__}, want logits [B,T,V] (wrap it in one that does)")
+        raise EffcError(
+            f"{where}: the module returns {type(out).__name__}, want logits [B,T,V]; wrap it in one that does"
+        )
     return out
 
 
@@ -106,7 +110,9 @@ def vocab_of(forward: Forward, spec: PyTree, where: str) -> int:
     """Rows of the logits' last axis, found by abstract evaluation."""
     out = jax.eval_shape(forward, spec, Spec(PROBE, jnp.int32))
     if len(out.shape) != 3 or out.shape[:2] != PROBE:
-        raise EffcError(f"{where}: tokens {list(PROBE)} give logits {list(out.shape)}, want [batch, length, vocabulary]")
+        raise EffcError(
+            f"{where}: tokens {list(PROBE)} give logits {list(out.shape)}, want [batch, length, vocabulary]"
+        )
     return out.shape[-1]
 
 
@@ -117,18 +123,27 @@ def _switched_off(module: linen.Module) -> linen.Module:
 
 def _arguments(call: Callable[..., Any], where: str) -> Callable[[jax.Array], dict[str, Any]]:
     """A function from tokens to the keyword arguments that `call(self, tokens, ...)` wants beside them."""
-    parameters = [p for p in inspect.signature(call).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    parameters = [
+        p
+        for p in inspect.signature(call).parameters.values()
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
     rest = parameters[2:]
     flags = {p.name: FLAGS[p.name] for p in rest if p.name in FLAGS}
     required = [p.name for p in rest if p.default is p.empty and p.name not in flags]
     unknown = [name for name in required if name not in REQUIRED]
     if unknown:
         known = ", ".join([*FLAGS, *REQUIRED])
-        raise EffcError(f"{where}: __call__ wants argument '{unknown[0]}', which effc cannot fill; wrap the module (known: {known})")
+        raise EffcError(
+            f"{where}: __call__ wants argument '{unknown[0]}', which effc cannot fill; "
+            f"wrap the module (known: {known})"
+        )
     return lambda tokens: flags | {name: REQUIRED[name](tokens) for name in required}
 
 
-def _linen_shapes(module: linen.Module, arguments: Callable[[jax.Array], dict[str, Any]], where: str) -> Mapping[str, Any]:
+def _linen_shapes(
+    module: linen.Module, arguments: Callable[[jax.Array], dict[str, Any]], where: str
+) -> Mapping[str, Any]:
     def init(tokens: jax.Array) -> Any:
         return module.init(_keys(), tokens, **arguments(tokens))
 
@@ -138,7 +153,9 @@ def _linen_shapes(module: linen.Module, arguments: Callable[[jax.Array], dict[st
     return variables
 
 
-def _linen_constants(module: linen.Module, arguments: Callable[..., Any], variables: Mapping[str, Any]) -> dict[str, Any]:
+def _linen_constants(
+    module: linen.Module, arguments: Callable[..., Any], variables: Mapping[str, Any]
+) -> dict[str, Any]:
     """Collections beside params, computed alone: XLA drops the parameters' initialisation."""
     names = [name for name in variables if name != "params" and name not in TRANSIENT]
     if not names:
@@ -158,7 +175,7 @@ def _keys() -> dict[str, jax.Array]:
 
 
 def _computed(build: Callable[[], nnx.Module]) -> nnx.State:
-    """The state that is neither parameter nor random, computed alone: XLA drops the parameters' initialisation."""
+    """The state neither parameter nor random, computed alone: XLA drops the parameters' initialisation."""
 
     @jax.jit
     def others() -> nnx.State:

@@ -25,7 +25,7 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """json is tokenizer.json; extra holds files beside it (tokenizer_config.json, generation_config.json, chat_template.jinja)."""
+    """json is tokenizer.json; extra the files beside it (tokenizer_config.json, chat_template.jinja)."""
 
     json: bytes
     extra: Mapping[str, bytes] = field(default_factory=dict)

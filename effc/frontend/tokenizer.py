@@ -22,7 +22,9 @@ class Tokenizer:
 
     def __init__(self, files: TokenizerFiles | None, where: str = "tokenizer"):
         if files is None:
-            raise EffcError(f"{where}: no tokenizer.json, want one beside the weights (save_pretrained of the tokenizer writes it)")
+            raise EffcError(
+                f"{where}: no tokenizer.json, want one beside the weights (save_pretrained writes it)"
+            )
         self.where = where
         self.files = files
         self.rows: int | None = None
@@ -34,11 +36,13 @@ class Tokenizer:
         self.rust.no_truncation()
 
     def encode(self, text: str, *, specials: bool = True) -> list[int]:
-        """specials: add begin/end tokens as the tokenizer is set up to; off for text that a chat template made."""
+        """specials: add begin and end tokens as set up; off for text that a chat template made."""
         ids = self.rust.encode(text, add_special_tokens=specials).ids
         if self.rows is not None and ids and max(ids) >= self.rows:
             token = self.rust.id_to_token(max(ids))
-            raise EffcError(f"{self.where}: token '{token}' is {max(ids)}, but the model has {self.rows} embedding rows")
+            raise EffcError(
+                f"{self.where}: token '{token}' is {max(ids)}, but the model has {self.rows} embedding rows"
+            )
         return ids
 
     def decode(self, ids: Sequence[int], *, specials: bool = False) -> str:
@@ -55,9 +59,10 @@ class Tokenizer:
         return max(self.rust.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def check_fits(self, rows: int) -> None:
-        """Refuses a tokenizer with more tokens than the model has embedding rows: JAX would clamp their ids silently.
+        """Refuses a tokenizer with more tokens than embedding rows: JAX would clamp their ids silently.
 
-        Special tokens beyond the last row are let in, as published models have them (Gemma 3's image token); encode refuses their use.
+        Special tokens beyond the last row are let in, as published models have them (Gemma 3's image token);
+        encode refuses their use.
         """
         self.rows = rows
         added = self.rust.get_added_tokens_decoder()
@@ -66,7 +71,7 @@ class Tokenizer:
         if over:
             raise EffcError(
                 f"{self.where}: the tokenizer has {self.vocab_size} tokens, the model {rows} embedding rows "
-                f"(first without a row: '{self.rust.id_to_token(min(over))}'); want the tokenizer it was trained with"
+                f"(first without one: '{self.rust.id_to_token(min(over))}'); want the model's own tokenizer"
             )
 
     @cached_property
@@ -75,7 +80,7 @@ class Tokenizer:
 
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text: of generation_config.json (which may list several), else tokenizer_config.json's eos_token."""
+        """Tokens that end a text: generation_config.json may list several."""
         ids = self._json("generation_config.json").get("eos_token_id")
         ids = [ids] if isinstance(ids, int) else list(ids or [])
         token = self.special("eos_token")
@@ -102,14 +107,20 @@ class Tokenizer:
             template = next((t["template"] for t in template if t.get("name") == "default"), None)
         return template
 
-    def apply_chat(self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool = True, **variables: Any) -> str:
+    def apply_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool = True, **variables: Any
+    ) -> str:
         """Messages {'role', 'content'} -> prompt text; encode it with specials=False."""
         if self.chat_template is None:
-            raise EffcError(f"{self.where}: no chat template, want chat_template in tokenizer_config.json, or prompt with plain text")
-        names = {name: self.special(name) or "" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+            raise EffcError(f"{self.where}: no chat template in tokenizer_config.json, want plain text")
+        names = {
+            name: self.special(name) or "" for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
         try:
             template = _environment().from_string(self.chat_template)
-            return template.render(messages=list(messages), add_generation_prompt=generation_prompt, **names, **variables)
+            return template.render(
+                messages=list(messages), add_generation_prompt=generation_prompt, **names, **variables
+            )
         except jinja2.TemplateError as error:
             raise EffcError(f"{self.where}: chat template: {error}") from None
 
@@ -161,7 +172,9 @@ def _environment() -> jinja2.Environment:
     def to_json(value: Any, indent: int | None = None) -> str:
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.globals["raise_exception"] = raise_exception
     environment.filters["tojson"] = to_json
     return environment

@@ -17,7 +17,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, in float32; offset is added to the scale (Gemma stores scale - 1)."""
+    """x / rms(x) over the last axis in float32, times scale + offset (Gemma stores scale - 1)."""
 
     eps: float
     offset: float = 0.0
@@ -49,8 +49,16 @@ def causal_mask(length: int, window: int | None) -> jax.Array:
     return mask if window is None else mask & (query - key < window)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, window: int | None = None, cap: float | None = None) -> jax.Array:
-    """q [B,T,H,D] over k, v [B,T,K,D], H a multiple of K; softmax in float32; cap bends scores to (-cap, cap). -> [B,T,H*D]."""
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+) -> jax.Array:
+    """q [B,T,H,D], k and v [B,T,K,D], H a multiple of K -> [B,T,H*D]; cap bends scores into (-cap, cap)."""
     batch, length, heads, dim = q.shape
     k, v = (jnp.repeat(a, heads // k.shape[2], axis=2) for a in (k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k).astype(jnp.float32) * scale

@@ -12,7 +12,7 @@ from effc.models.rope import Rope
 
 @dataclass(frozen=True)
 class GemmaConfig:
-    """windows and ropes have one entry a layer; scale multiplies q.k; post_norms are Gemma 2's norms after each branch."""
+    """windows and ropes: one entry a layer; scale multiplies q.k; post_norms: one after each branch too."""
 
     vocab: int
     width: int

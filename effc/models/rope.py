@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-split layout as Hugging Face stores it, with the published length scalings."""
+"""Rotary position embedding in Hugging Face's half-split layout, with the published length scalings."""
 
 import math
 from dataclasses import dataclass, replace
@@ -59,7 +59,7 @@ def yarn(
     scale: float | None = None,
     truncate: bool = True,
 ) -> Rope:
-    """YaRN (arXiv 2309.00071): frequencies above beta_fast turns over the original length kept, below beta_slow divided."""
+    """arXiv 2309.00071: above beta_fast turns in the original length kept, below beta_slow divided."""
     half = len(rope.inv_freq)
 
     def dim_of(turns: float) -> float:

@@ -1,6 +1,6 @@
-"""effc.models against transformers: golden logits of tiny random models, through Hugging Face folders and GGUF.
+"""effc.models against transformers: logits of tiny random models, through Hugging Face folders and GGUF.
 
-data/families.npz is written by data/make_families.py, where torch and transformers are; weights are remade from names.
+data/families.npz is written by data/make_families.py; weights are remade from their names.
 """
 
 from __future__ import annotations

@@ -20,18 +20,22 @@ __all__ = ["open_checkpoint", "save_checkpoint"]
 F32 = np.dtype(np.float32)
 
 WANTED = (
-    "effc.json (an effc checkpoint), config.json with model.safetensors or flax_model.msgpack (Hugging Face), a .gguf file, "
-    "or an Orbax folder or .msgpack or .safetensors file together with --module FILE.py:FUNCTION"
+    "effc.json (an effc checkpoint), config.json with model.safetensors or flax_model.msgpack (Hugging Face), "
+    "a .gguf file, or Orbax, .msgpack or .safetensors weights with --module FILE.py:FUNCTION"
 )
 
 
 def open_checkpoint(
-    path: str | Path, *, module: str | None = None, config: Mapping[str, Any] | None = None, dtype: str | None = None
+    path: str | Path,
+    *,
+    module: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
 ) -> Source:
     """Reads headers only; dtype is float32 unless given or in effc.json.
 
-    `module`, 'file.py:build' or 'package.module:build', is called with `config` and takes the place of what the folder names.
-    Code that `module`, or the effc.json inside a checkpoint, names is run: open only checkpoints that you trust.
+    `module`, 'file.py:build' or 'package.module:build', is called with `config`, in place of what the folder
+    names. Code that `module`, or the effc.json in a checkpoint, names is run: open only what you trust.
     """
     path = Path(path)
     _exists(path)
@@ -74,7 +78,9 @@ def _open_gguf(file: Path, dtype: np.dtype | None) -> Source:
     try:
         from effc.frontend.checkpoints import gguf  # the library is an extra
     except ModuleNotFoundError as error:
-        raise EffcError(f"{file}: reading GGUF needs the {error.name} package: pip install 'effc[gguf]'") from None
+        raise EffcError(
+            f"{file}: reading GGUF needs the {error.name} package: pip install 'effc[gguf]'"
+        ) from None
     return gguf.open_gguf(file, dtype or F32)
 
 

@@ -1,4 +1,4 @@
-"""Families that checkpoints name without code: Hugging Face config -> Flax module, and where each leaf is stored."""
+"""Families named without code: Hugging Face config -> Flax module, and where each leaf is stored."""
 
 from __future__ import annotations
 
@@ -36,12 +36,18 @@ class Config:
     def refuse(self, key: str, *fine: Any) -> None:
         """An option that would change the result and that the Flax definition does not have."""
         if self.values.get(key) not in (None, False, *fine):
-            raise EffcError(f"{self.where}: {key}={self.values[key]} is not supported, want {' or '.join(map(str, fine or (False,)))}")
+            raise EffcError(
+                f"{self.where}: {key}={self.values[key]} is not supported, "
+                f"want {' or '.join(map(str, fine or (False,)))}"
+            )
 
     def act(self, *keys: str, default: str) -> str:
         name = next((self.values[key] for key in keys if self.values.get(key)), default)
         if name not in ACTIVATIONS:
-            raise EffcError(f"{self.where}: no activation '{name}', want one of {', '.join(ACTIVATIONS)}{nearest(name, ACTIVATIONS)}")
+            raise EffcError(
+                f"{self.where}: no activation '{name}', "
+                f"want {', '.join(ACTIVATIONS)}{nearest(name, ACTIVATIONS)}"
+            )
         return name
 
 
@@ -55,8 +61,15 @@ class Family:
     transposed: bool = True
 
 
-def ropes(config: Config, head_dim: int, *, kind: str = "full_attention", theta: float = 10000.0, scaled: bool = True) -> Rope:
-    """One layer kind's rotation; rope_theta + rope_scaling, or rope_parameters as transformers 5 writes it."""
+def ropes(
+    config: Config,
+    head_dim: int,
+    *,
+    kind: str = "full_attention",
+    theta: float = 10000.0,
+    scaled: bool = True,
+) -> Rope:
+    """One layer kind's rotation; rope_theta and rope_scaling, or transformers 5's rope_parameters."""
     parameters = config.get("rope_parameters", {})
     parameters = parameters.get(kind, parameters)
     theta = parameters.get("rope_theta", theta)
@@ -76,26 +89,44 @@ def scaled_rope(config: Config, base: Rope, theta: float, scaling: Mapping[str, 
     if name == "linear":
         return rope.linear(base, scaling["factor"])
     if name == "llama3":
-        return rope.llama3(base, scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"], original)
+        return rope.llama3(
+            base, scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"], original
+        )
     if name == "yarn" and not scaling.get("mscale"):
-        options = {key: scaling[key] for key in ("beta_fast", "beta_slow", "truncate") if scaling.get(key) is not None}
-        return rope.yarn(base, theta, scaling["factor"], original, scale=scaling.get("attention_factor"), **options)
+        options = {
+            key: scaling[key]
+            for key in ("beta_fast", "beta_slow", "truncate")
+            if scaling.get(key) is not None
+        }
+        return rope.yarn(
+            base, theta, scaling["factor"], original, scale=scaling.get("attention_factor"), **options
+        )
     known = ("linear", "llama3", "yarn")
-    raise EffcError(f"{config.where}: rope scaling '{name}' is not supported, want {', '.join(known)}{nearest(str(name), known)}")
+    raise EffcError(
+        f"{config.where}: rope scaling '{name}' is not supported, "
+        f"want {', '.join(known)}{nearest(str(name), known)}"
+    )
 
 
 def windows(config: Config, layers: int, sliding: Callable[[int], bool]) -> tuple[int | None, ...]:
     """The window of each layer: layer_types when the config lists them, else the family's rule."""
     size = config.get("sliding_window")
-    kinds = config.get("layer_types") or ["sliding_attention" if sliding(i) else "full_attention" for i in range(layers)]
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if sliding(i) else "full_attention" for i in range(layers)
+    ]
     unknown = set(kinds) - {"sliding_attention", "full_attention"}
     if unknown:
-        raise EffcError(f"{config.where}: layer type '{min(unknown)}' is not supported, want full_attention or sliding_attention")
+        raise EffcError(
+            f"{config.where}: layer type '{min(unknown)}' is not supported, "
+            "want full_attention or sliding_attention"
+        )
     return tuple(size if kind == "sliding_attention" else None for kind in kinds)
 
 
 def llama(config: Config, **options: Any) -> Llama:
-    layers, heads, width = (config.need(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    layers, heads, width = (
+        config.need(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
     head_dim = config.get("head_dim", width // heads)
     rotation = ropes(config, head_dim, theta=config.get("rope_theta", 10000.0))
     defaults = {
@@ -123,7 +154,12 @@ def llama(config: Config, **options: Any) -> Llama:
 
 
 def mistral(config: Config) -> Llama:
-    return llama(config, windows=windows(config, config.need("num_hidden_layers"), lambda i: True), qkv_bias=False, out_bias=False)
+    return llama(
+        config,
+        windows=windows(config, config.need("num_hidden_layers"), lambda i: True),
+        qkv_bias=False,
+        out_bias=False,
+    )
 
 
 def qwen2(config: Config) -> Llama:
@@ -140,7 +176,12 @@ def smollm3(config: Config) -> Llama:
     head_dim = config.get("head_dim", config.need("hidden_size") // config.need("num_attention_heads"))
     rotation = ropes(config, head_dim, theta=config.get("rope_theta", 2000000.0))
     tied = config.get("tie_word_embeddings", True)
-    return llama(config, windows=_late_windows(config), ropes=tuple(rotation if r else None for r in rotated), tied=tied)
+    return llama(
+        config,
+        windows=_late_windows(config),
+        ropes=tuple(rotation if r else None for r in rotated),
+        tied=tied,
+    )
 
 
 def _late_windows(config: Config) -> tuple[int | None, ...]:
@@ -189,7 +230,13 @@ def gemma3(config: Config) -> Gemma:
     every, head_dim = config.get("sliding_window_pattern", 6), config.get("head_dim", 256)
     spans = windows(config, config.need("num_hidden_layers"), lambda i: (i + 1) % every != 0)
     far = ropes(config, head_dim, theta=config.get("rope_theta", 1000000.0))
-    near = ropes(config, head_dim, kind="sliding_attention", theta=config.get("rope_local_base_freq", 10000.0), scaled=False)
+    near = ropes(
+        config,
+        head_dim,
+        kind="sliding_attention",
+        theta=config.get("rope_local_base_freq", 10000.0),
+        scaled=False,
+    )
     return gemma(
         config,
         windows=spans,
@@ -267,12 +314,15 @@ FAMILIES: Mapping[str, Family] = {
 
 def family_of(name: str, where: str, known: Iterable[str] = tuple(FAMILIES)) -> str:
     if name not in known:
-        raise EffcError(f"{where}: no family '{name}', want {', '.join(known)}, or your own code with --module{nearest(name, known)}")
+        raise EffcError(
+            f"{where}: no family '{name}', want {', '.join(known)}, "
+            f"or your own code with --module{nearest(name, known)}"
+        )
     return name
 
 
 def refs_of(paths: Iterable[str], names: Mapping[str, str], transposed: bool) -> dict[str, Ref]:
-    """Leaf path -> stored tensor: 'layers_3/attn/q/kernel' -> 'model.layers.3.self_attn.q_proj.weight', transposed."""
+    """'layers_3/attn/q/kernel' -> 'model.layers.3.self_attn.q_proj.weight', transposed."""
     refs = {}
     for path in paths:
         module, leaf = path.rsplit("/", 1)

@@ -36,12 +36,14 @@ KEYS = ("format", "module", "config", "params", "tokenizer", "dtype", "context")
 TRAINING_STATE = r"(^|[/.])(opt_state|step|rngs?|key|count|batch_stats|loss_scale)([/.]|$)"
 
 
-def open_folder(folder: Path, config: Mapping[str, Any], dtype: np.dtype | None, module: str | None = None) -> Source:
+def open_folder(
+    folder: Path, config: Mapping[str, Any], dtype: np.dtype | None, module: str | None = None
+) -> Source:
     """A folder with effc.json. Runs the code it names: open only what you trust."""
     settings = read_settings(folder / "effc.json")
     params = folder / settings.get("params", "params")
     if not params.exists():
-        raise EffcError(f"{folder / 'effc.json'}: params '{settings.get('params', 'params')}' is not there, want an Orbax folder")
+        raise EffcError(f"{folder / 'effc.json'}: params '{params.name}' is not there, want an Orbax folder")
     return build_source(
         where=folder,
         tensors=tensors_in(params),
@@ -59,7 +61,9 @@ def open_with_module(path: Path, module: str, config: Mapping[str, Any], dtype: 
         return open_folder(path, config, dtype, module)
     folder = path if path.is_dir() else path.parent
     tokenizer = tokenizer_in(folder) or tokenizer_in(folder.parent)
-    return build_source(path, tensors_in(path), module, config, dtype or np.dtype(np.float32), tokenizer, None)
+    return build_source(
+        path, tensors_in(path), module, config, dtype or np.dtype(np.float32), tokenizer, None
+    )
 
 
 def build_source(
@@ -125,11 +129,17 @@ def save_checkpoint(
     context: int | None = None,
     dtype: str = "float32",
 ) -> Path:
-    """Writes a folder that open_checkpoint reads; a 'file.py:build' is copied in, params may be an nnx.State."""
+    """Writes a folder that open_checkpoint reads; 'file.py:build' is copied in, params may be nnx.State."""
     path = Path(path)
     if path.exists():
         raise EffcError(f"{path}: is there already, want a new folder")
-    settings = {"format": FORMAT, "module": module, "config": dict(config), "params": "params", "dtype": dtype}
+    settings = {
+        "format": FORMAT,
+        "module": module,
+        "config": dict(config),
+        "params": "params",
+        "dtype": dtype,
+    }
     check_dtype(dtype)
     partial = path.with_name(f"{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

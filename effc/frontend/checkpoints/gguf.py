@@ -1,4 +1,4 @@
-"""GGUF files through the gguf library: metadata to a Hugging Face config, tensors dequantized one at a time."""
+"""GGUF files through the gguf library: metadata as a Hugging Face config, tensors dequantized one by one."""
 
 from __future__ import annotations
 
@@ -91,24 +91,34 @@ class GgufTensors:
     def read(self, name: str) -> np.ndarray:
         t = self.tensors[name]
         # A fresh read, not the library's memory map, whose touched pages would stay resident.
-        raw = np.fromfile(self.where, t.data.dtype, t.data.size, offset=int(t.data_offset)).reshape(t.data.shape)
+        raw = np.fromfile(self.where, t.data.dtype, t.data.size, offset=int(t.data_offset)).reshape(
+            t.data.shape
+        )
         try:
             return gguf.dequantize(raw, t.tensor_type)
         except NotImplementedError:
-            raise EffcError(f"{self.where}: tensor '{name}' is {t.tensor_type.name}, which the gguf library cannot decode") from None
+            raise EffcError(
+                f"{self.where}: tensor '{name}' is {t.tensor_type.name}, which the gguf library cannot decode"
+            ) from None
 
 
 def open_gguf(file: Path, dtype: np.dtype) -> Source:
     reader = read_file(file)
     tensors = GgufTensors(file, reader.tensors)
-    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.")}
+    fields = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if not name.startswith("tokenizer.ggml.")
+    }
     arch = family_of(str(fields.get("general.architecture")), str(file), tuple(ARCHITECTURES))
     family = FAMILIES[ARCHITECTURES[arch]]
     config = Config(config_of(fields, arch, tensors), str(file), dtype)
     module = family.build(config)
     forward, spec = adapt.from_linen(module, where=str(file))
     specs = flatten(spec)
-    refs = {path: fixed(path, ref, arch, config) for path, ref in refs_of(specs, NAMES, transposed=True).items()}
+    refs = {
+        path: fixed(path, ref, arch, config) for path, ref in refs_of(specs, NAMES, transposed=True).items()
+    }
     weights = match(tensors, refs, specs, r"^rope_freqs\.weight$")
     return Source(
         name=file.stem,
@@ -134,11 +144,13 @@ def read_file(file: Path) -> gguf.GGUFReader:
     try:
         return gguf.GGUFReader(file)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise EffcError(f"{file}: truncated or not GGUF ({size} bytes): {error}; fetch the file again") from None
+        raise EffcError(
+            f"{file}: truncated or not GGUF ({size} bytes): {error}; fetch the file again"
+        ) from None
 
 
 def config_of(fields: Mapping[str, Any], arch: str, tensors: GgufTensors) -> dict[str, Any]:
-    """Metadata under Hugging Face's keys; what GGUF leaves out (biases, tying) is read off the tensors that are there."""
+    """Metadata under Hugging Face's keys; biases and tying, left out, are seen in the tensors."""
     config = {key: fields.get(f"{arch}.{name}") for key, name in CONFIG_KEYS.items()}
     names = set(tensors.names())
     refuse_unlike(fields, arch, config, tensors.where)
@@ -167,7 +179,7 @@ def rope_scaling(fields: Mapping[str, Any], arch: str, tensors: GgufTensors) -> 
 
 
 def gemma_scale(config: Mapping[str, Any]) -> int:
-    """GGUF does not store query_pre_attn_scalar: the 27B models (46 and 62 layers) use width / heads, all others head_dim."""
+    """query_pre_attn_scalar is not in GGUF: 27B models (46, 62 layers) use width / heads, others head_dim."""
     if config["num_hidden_layers"] in (46, 62):
         return config["hidden_size"] // config["num_attention_heads"]
     return config["head_dim"]
@@ -175,7 +187,10 @@ def gemma_scale(config: Mapping[str, Any]) -> int:
 
 def refuse_unlike(fields: Mapping[str, Any], arch: str, config: Mapping[str, Any], where: str) -> None:
     if fields.get("split.count", 1) > 1:
-        raise EffcError(f"{where}: one of {fields['split.count']} parts, want a single file (llama-gguf-split --merge joins them)")
+        raise EffcError(
+            f"{where}: one of {fields['split.count']} parts, "
+            "want a single file (llama-gguf-split --merge joins them)"
+        )
     experts = fields.get(f"{arch}.expert_count")
     if experts:
         raise EffcError(f"{where}: {experts} experts a layer, want a dense model")
@@ -189,7 +204,7 @@ def refuse_unlike(fields: Mapping[str, Any], arch: str, config: Mapping[str, Any
 
 
 def fixed(path: str, ref: Ref, arch: str, config: Config) -> Ref:
-    """Undoes what the converter did beyond renaming: rope halves interleaved (Llama), one added to norms (Gemma)."""
+    """Undoes what the converter did: rope halves interleaved (Llama), one added to norms (Gemma)."""
     fix: Callable[[np.ndarray], np.ndarray] | None = None
     if arch in PERMUTED and "/attn/q/" in path:
         fix = unpermute(config.need("num_attention_heads"))

@@ -26,7 +26,7 @@ TEKKEN = (
 
 @dataclass(frozen=True)
 class Splitting:
-    """How text is cut before merging. regex None is GPT-2's own; whole: a piece that is a token is not built from merges."""
+    """How text is cut before merging. regex None is GPT-2's; whole: a piece that is a token skips merging."""
 
     regex: str | None = None
     digits: bool = False
@@ -37,8 +37,12 @@ class Splitting:
 
 SPLITTINGS: Mapping[str, Splitting] = {
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion"), Splitting()),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), Splitting(digits=True)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), Splitting(LLAMA3, whole=True, bos=True)),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), Splitting(digits=True)
+    ),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), Splitting(LLAMA3, whole=True, bos=True)
+    ),
     **dict.fromkeys(("dbrx", "smaug-bpe"), Splitting(LLAMA3)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), Splitting(QWEN2, nfc=True)),
     "tekken": Splitting(TEKKEN, whole=True, bos=True),
@@ -51,27 +55,41 @@ SPACE = "\u2581"  # how SentencePiece writes a space
 
 def tokenizer_files(reader: gguf.GGUFReader, where: str) -> TokenizerFiles | None:
     """None when the file has no tokenizer; an error when it has one of a kind that is not known."""
-    fields = {n.removeprefix("tokenizer.ggml."): f for n, f in reader.fields.items() if n.startswith("tokenizer.ggml.")}
+    fields = {
+        n.removeprefix("tokenizer.ggml."): f
+        for n, f in reader.fields.items()
+        if n.startswith("tokenizer.ggml.")
+    }
     kind = fields["model"].contents() if "model" in fields else "none"
     if kind == "none":
         return None
     arch = reader.fields["general.architecture"].contents()
     data = {name: field.contents() for name, field in fields.items()}
     if kind == "gpt2":
-        tokenizer, bos = byte_level(data, splitting(data.get("pre") or ("gpt-2" if arch == "gpt2" else "default"), where))
+        tokenizer, bos = byte_level(
+            data, splitting(data.get("pre") or ("gpt-2" if arch == "gpt2" else "default"), where)
+        )
     elif kind == "llama":
         tokenizer, bos = sentence_piece(data), True
     else:
-        raise EffcError(f"{where}: tokenizer model '{kind}' is not supported, want gpt2 or llama{nearest(kind, ('gpt2', 'llama'))}")
+        raise EffcError(
+            f"{where}: tokenizer model '{kind}' is not supported, "
+            "want gpt2 (byte-level BPE) or llama (SentencePiece)"
+        )
     add_specials(tokenizer, data)
     frame(tokenizer, data, bos)
     template = reader.fields.get("tokenizer.chat_template")
-    return TokenizerFiles(tokenizer.to_str().encode(), extras(data, template.contents() if template else None))
+    return TokenizerFiles(
+        tokenizer.to_str().encode(), extras(data, template.contents() if template else None)
+    )
 
 
 def splitting(pre: str, where: str) -> Splitting:
     if pre not in SPLITTINGS:
-        raise EffcError(f"{where}: pre-tokenizer '{pre}' is not known, want one of {', '.join(SPLITTINGS)}{nearest(pre, SPLITTINGS)}")
+        raise EffcError(
+            f"{where}: pre-tokenizer '{pre}' is not known, "
+            f"want {', '.join(SPLITTINGS)}{nearest(pre, SPLITTINGS)}"
+        )
     return SPLITTINGS[pre]
 
 
@@ -90,28 +108,39 @@ def byte_level(data: Mapping[str, Any], rule: Splitting) -> tuple[Tokenizer, boo
 
 
 def sentence_piece(data: Mapping[str, Any]) -> Tokenizer:
-    """SentencePiece merges the adjacent pair whose union scores highest: the same as BPE with merges ranked by score."""
+    """SentencePiece merges the adjacent pair whose union scores highest: BPE with merges ranked by score."""
     tokens, scores = data["tokens"], data["scores"]
     vocab = {token: i for i, token in enumerate(tokens)}
     kinds = data.get("token_type") or [gguf.TokenType.NORMAL] * len(tokens)
     plain = {token for token, kind in zip(tokens, kinds, strict=True) if kind == gguf.TokenType.NORMAL}
-    pairs = [(scores[vocab[t]], t[:i], t[i:]) for t in plain for i in range(1, len(t)) if t[:i] in plain and t[i:] in plain]
+    pairs = [
+        (scores[vocab[t]], t[:i], t[i:])
+        for t in plain
+        for i in range(1, len(t))
+        if t[:i] in plain and t[i:] in plain
+    ]
     pairs.sort(key=lambda p: (-p[0], -len(p[1]), -len(p[2]), vocab[p[1]], vocab[p[2]]))
     unknown = tokens[data.get("unknown_token_id", 0)]
-    bpe = models.BPE(vocab=vocab, merges=[p[1:] for p in pairs], unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    bpe = models.BPE(
+        vocab=vocab, merges=[p[1:] for p in pairs], unk_token=unknown, fuse_unk=True, byte_fallback=True
+    )
     tokenizer = Tokenizer(bpe)
     prefix = data.get("add_space_prefix", True)
     spaces = normalizers.Replace(" ", SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     return tokenizer
 
 
 def add_specials(tokenizer: Tokenizer, data: Mapping[str, Any]) -> None:
     """Control tokens are cut out of the text first and not shown; user-defined ones are cut out and shown."""
     pairs = list(zip(data["tokens"], data.get("token_type") or [], strict=False))
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, kind in pairs if kind == CONTROL])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True) for t, kind in pairs if kind == CONTROL]
+    )
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in pairs if kind == USER_DEFINED])
 
 
@@ -131,12 +160,19 @@ def frame(tokenizer: Tokenizer, data: Mapping[str, Any], bos_by_default: bool) -
 def extras(data: Mapping[str, Any], template: str | None) -> dict[str, bytes]:
     """The files a Hugging Face folder would have beside tokenizer.json."""
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    config = {f"{name}_token": _special(data, key)[0] for name, key in names.items() if data.get(f"{key}_token_id") is not None}
+    config = {
+        f"{name}_token": _special(data, key)[0]
+        for name, key in names.items()
+        if data.get(f"{key}_token_id") is not None
+    }
     ends = [data[key] for key in ("eos_token_id", "eot_token_id") if data.get(key) is not None]
     generation = {"eos_token_id": list(dict.fromkeys(ends)), "bos_token_id": data.get("bos_token_id")}
     if template:
         config["chat_template"] = template
-    return {"tokenizer_config.json": json.dumps(config).encode(), "generation_config.json": json.dumps(generation).encode()}
+    return {
+        "tokenizer_config.json": json.dumps(config).encode(),
+        "generation_config.json": json.dumps(generation).encode(),
+    }
 
 
 def _special(data: Mapping[str, Any], key: str) -> tuple[str, int]:

@@ -64,7 +64,9 @@ class HfFlaxTensors(MsgpackTensors):
 
     def __init__(self, file: Path):
         super().__init__(file)
-        self.stored = {re.sub(r"\.(kernel|embedding|scale)$", ".weight", n.replace("/", ".")): n for n in self.places}
+        self.stored = {
+            re.sub(r"\.(kernel|embedding|scale)$", ".weight", n.replace("/", ".")): n for n in self.places
+        }
 
     def names(self) -> Iterable[str]:
         return self.stored
@@ -96,7 +98,9 @@ def _walk(f: BinaryIO, path: str) -> Iterator[tuple[str, Place]]:
         for _ in range(size):
             key = _key(f)
             if key == CHUNKED:
-                raise ValueError(f"array '{path}' is over 1 GiB and stored in pieces, want safetensors or Orbax")
+                raise ValueError(
+                    f"array '{path}' is over 1 GiB and stored in pieces, want safetensors or Orbax"
+                )
             yield from _walk(f, f"{path}/{key}" if path else key)
     elif tag in (0xC7, 0xC8, 0xC9) or 0xD4 <= tag <= 0xD8:
         size = _int(f, 1 << (tag - 0xC7)) if tag <= 0xC9 else 1 << (tag - 0xD4)
@@ -135,7 +139,11 @@ def _key(f: BinaryIO) -> str:
     raise ValueError("a key that is not text")
 
 
-WIDTHS = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8} | {0xCC + i: 1 << i for i in range(4)} | {0xD0 + i: 1 << i for i in range(4)}
+WIDTHS = (
+    {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8}
+    | {0xCC + i: 1 << i for i in range(4)}
+    | {0xD0 + i: 1 << i for i in range(4)}
+)
 
 
 def _skip(f: BinaryIO, tag: int) -> None:

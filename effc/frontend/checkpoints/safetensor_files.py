@@ -1,4 +1,4 @@
-"""One or many safetensors files as Tensors: headers checked against file length at open, arrays read without mapping."""
+"""One or many safetensors files as Tensors: headers checked against file length, arrays read unmapped."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class SafetensorFiles:
 
     def read(self, name: str) -> np.ndarray:
         entry = self.entries[name]
-        # fromfile, not a memory map: touched pages of a map count as resident until the whole file is unmapped.
+        # Not a memory map: its touched pages count as resident until the whole file is unmapped.
         flat = np.fromfile(entry.file, DTYPES[entry.kind], math.prod(entry.shape), offset=entry.offset)
         return flat.reshape(entry.shape)
 
@@ -71,7 +71,9 @@ def read_header(file: Path) -> dict[str, Entry]:
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if size < 8 or length > size - 8:
-            raise EffcError(f"{file}: truncated: {size} bytes, want at least {8 + length} for the header alone")
+            raise EffcError(
+                f"{file}: truncated: {size} bytes, want at least {8 + length} for the header alone"
+            )
         try:
             header = json.loads(f.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError):
@@ -87,5 +89,7 @@ def read_header(file: Path) -> dict[str, Entry]:
 def _entry(file: Path, name: str, tensor: dict, start: int) -> Entry:
     kind, shape, (begin, end) = tensor["dtype"], tuple(tensor["shape"]), tensor["data_offsets"]
     if kind in DTYPES and end - begin != math.prod(shape) * DTYPES[kind].itemsize:
-        raise EffcError(f"{file}: tensor '{name}' takes {end - begin} bytes, want {math.prod(shape)} {kind} values")
+        raise EffcError(
+            f"{file}: tensor '{name}' takes {end - begin} bytes, want {math.prod(shape)} {kind} values"
+        )
     return Entry(file, kind, shape, start + begin)

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint matched to the leaves of a model: everything checked at open, read one at a time."""
+"""Tensors of a checkpoint matched to the leaves of a model: checked at open, read one at a time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from effc.errors import EffcError, nearest
 from effc.frontend.source import Spec
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Tensors(Protocol):
-    """A file or folder of named arrays; `kind` is the type's name on disk, `kinds` those that read() turns into floats."""
+    """Named arrays on disk; `kind` is the stored type's name, `kinds` those that read() turns into floats."""
 
     where: str
     kinds: Collection[str]
@@ -41,7 +42,7 @@ class Ref:
 
 @dataclass(frozen=True)
 class MatchedWeights:
-    """Weights (see source.py) over a Tensors: each read converts to the leaf's shape and dtype, and refuses NaN."""
+    """Weights over Tensors: read() converts to the leaf's shape and dtype, and refuses NaN."""
 
     tensors: Tensors
     refs: Mapping[str, Ref]
@@ -58,32 +59,44 @@ class MatchedWeights:
         array = self.tensors.read(ref.tensor)
         if ref.fix is not None:
             array = ref.fix(array)
-        array = np.ascontiguousarray(array.T if ref.transpose else array, dtype=spec.dtype).reshape(spec.shape)
-        # One pass without a temporary: a float64 sum of float32s cannot overflow, so it is finite if every term is.
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(array.T if ref.transpose else array, dtype=spec.dtype)
+        # One pass, no temporary: a float64 sum of float32s cannot overflow, so it is finite if every term is.
         if not np.isfinite(np.sum(array, dtype=np.float64)):
             bad = int(np.sum(~np.isfinite(array.astype(np.float32))))
-            raise EffcError(f"{self.tensors.where}: tensor '{ref.tensor}' has {bad} values that are not finite, want none as {spec.dtype}")
-        return array
+            raise EffcError(
+                f"{self.tensors.where}: tensor '{ref.tensor}' has {bad} values that are not finite, "
+                f"want none as {spec.dtype}"
+            )
+        return array.reshape(spec.shape)
 
 
-def match(tensors: Tensors, refs: Mapping[str, Ref], specs: Mapping[str, Spec], ignored: str = "(?!)") -> MatchedWeights:
-    """Checks that every leaf has a tensor of its shape and every tensor a leaf, but for names that `ignored` matches."""
+def match(
+    tensors: Tensors, refs: Mapping[str, Ref], specs: Mapping[str, Spec], ignored: str = "(?!)"
+) -> MatchedWeights:
+    """Checks that every leaf has a tensor of its shape, and every tensor a leaf unless `ignored` matches."""
     names = set(tensors.names())
     missing = [(path, ref.tensor) for path, ref in refs.items() if ref.tensor not in names]
     left = sorted(names - {ref.tensor for ref in refs.values()})
     left = [name for name in left if not re.search(ignored, name)]
     if missing:
         path, name = missing[0]
-        raise EffcError(f"{tensors.where}: no tensor '{name}' for parameter '{path}' ({_count(missing, 'missing')}){nearest(name, left)}")
+        raise EffcError(
+            f"{tensors.where}: no tensor '{name}' for parameter '{path}' "
+            f"({_count(missing, 'missing')}){nearest(name, left)}"
+        )
     if left:
-        raise EffcError(f"{tensors.where}: {_count(left, 'unmatched')}: {', '.join(left[:5])}; want none that the model does not use")
+        raise EffcError(
+            f"{tensors.where}: {_count(left, 'unmatched')}: {', '.join(left[:5])}; "
+            "want none that the model does not use"
+        )
     for path, spec in specs.items():
         _check(tensors, refs[path], path, spec)
     return MatchedWeights(tensors, refs, specs)
 
 
 def match_by_path(tensors: Tensors, specs: Mapping[str, Spec], ignored: str = "(?!)") -> MatchedWeights:
-    """For a checkpoint that the module's own code saved: leaf names equal paths but for separators and wrappers."""
+    """For what the module's own code saved: names equal paths but for separators and wrappers."""
     names = list(tensors.names())
     stored = {name: _plain(name) for name in names}
     prefix = _wrapper(list(stored.values()), [_plain(path) for path in specs])
@@ -94,8 +107,8 @@ def match_by_path(tensors: Tensors, specs: Mapping[str, Spec], ignored: str = "(
 
 
 def check_dtype(dtype: str) -> np.dtype:
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise EffcError(f"dtype: no '{dtype}', want float32, bfloat16 or float16{nearest(dtype, ('float32', 'bfloat16', 'float16'))}")
+    if dtype not in DTYPES:
+        raise EffcError(f"dtype: no '{dtype}', want {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
     return np.dtype(dtype)
 
 
@@ -105,7 +118,7 @@ def _plain(name: str) -> str:
 
 
 def _wrapper(stored: list[str], wanted: list[str]) -> str:
-    """The leading keys ('params/', 'params/params/', 'model/') under which the checkpoint holds the wanted leaves."""
+    """The leading keys ('params/', 'model/') under which the checkpoint holds the wanted leaves."""
     first = wanted[0]
     wrappers = {name.removesuffix(first) for name in stored if name == first or name.endswith(f"/{first}")}
     return max(wrappers, key=lambda w: (sum(w + path in stored for path in wanted[:20]), -len(w)), default="")
@@ -121,7 +134,10 @@ def _check(tensors: Tensors, ref: Ref, path: str, spec: Spec) -> None:
     found = shape[::-1] if ref.transpose else shape
     if tuple(found) != tuple(spec.shape):
         want = spec.shape[::-1] if ref.transpose else spec.shape
-        raise EffcError(f"{tensors.where}: tensor '{ref.tensor}' is {list(shape)}, want {list(want)} for parameter '{path}'")
+        raise EffcError(
+            f"{tensors.where}: tensor '{ref.tensor}' is {list(shape)}, "
+            f"want {list(want)} for parameter '{path}'"
+        )
 
 
 def _count(items: list, what: str) -> str:

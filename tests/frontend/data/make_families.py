@@ -1,4 +1,4 @@
-"""Writes families.npz: run where torch and transformers are (the `oracle` extra), from the repository root."""
+"""Writes families.npz: run where torch and transformers are (the `oracle` extra)."""
 
 from __future__ import annotations
 
