@@ -71,7 +71,7 @@ class Step:
     """
 
     def __init__(self, tokens: jax.Array, cache: Cache | None = None, valid: jax.Array | None = None):
-        self._batch, self._count = tokens.shape
+        self._batch, self._count = tokens.shape[:2]
         self._before, self._valid, self._after = cache, valid, list[Rows]()
         self.lengths = jnp.zeros(self._batch, jnp.int32) if cache is None else cache.lengths
         self.positions = self.lengths[:, None] + jnp.arange(self._count, dtype=jnp.int32)[None, :]
@@ -119,12 +119,16 @@ def _write(old: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
     return old
 
 
-def empty_cache(extend: Callable[..., Any], params: Any, batch: int, capacity: int) -> Cache:
-    """A cache of zeros for `extend(params, tokens, cache)`; shapes are read off one abstract call."""
+def cache_shapes(extend: Callable[..., Any], params: Any, batch: int) -> Cache:
+    """Shapes of a cache for `extend(params, tokens, cache)`, read off one abstract call; rows are of one token."""
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
-    shapes: Cache = jax.eval_shape(lambda p, x: extend(p, x)[1], params, tokens)
+    return jax.eval_shape(lambda p, x: extend(p, x)[1], params, tokens)
 
-    def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+
+def empty_cache(shapes: Cache, capacity: int) -> Cache:
+    """A cache of zeros with room for `capacity` tokens a sequence."""
+
+    def zeros(x: Any) -> jax.Array:
         return jnp.zeros((x.shape[0], capacity, *x.shape[2:]), x.dtype)
 
-    return Cache(jnp.zeros(batch, jnp.int32), jax.tree.map(zeros, shapes.entries))
+    return Cache(jnp.zeros(shapes.lengths.shape, jnp.int32), jax.tree.map(zeros, shapes.entries))

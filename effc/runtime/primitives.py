@@ -221,7 +221,12 @@ def top_k(x: Array, *, k: int) -> Sequence[Array]:
 
 
 def dot_general(
-    x: Array, y: Array, *, contract: Sequence[Ints], batch: Sequence[Ints] = ((), ()), dtype: str | None = None
+    x: Array,
+    y: Array,
+    *,
+    contract: Sequence[Ints],
+    batch: Sequence[Ints] = ((), ()),
+    dtype: str | None = None,
 ) -> Array:
     """Sum of products over the contracted axes; result axes are batch, x's free, y's free."""
     numbers = ((tuple(contract[0]), tuple(contract[1])), (tuple(batch[0]), tuple(batch[1])))
@@ -231,7 +236,9 @@ def dot_general(
 
 def ragged_dot(x: Array, y: Array, group_sizes: Array, *, dtype: str | None = None) -> Array:
     """x[m,k] @ y[g,k,n], rows of x in groups of `group_sizes`."""
-    return lax.ragged_dot(x, y, group_sizes, preferred_element_type=None if dtype is None else dtype_of(dtype))
+    return lax.ragged_dot(
+        x, y, group_sizes, preferred_element_type=None if dtype is None else dtype_of(dtype)
+    )
 
 
 def gather(
@@ -296,7 +303,12 @@ def const(*, value: bool | int | float, dtype: str, shape: Ints = ()) -> Array:
 
 
 def scan(
-    body: Callable[..., tuple[Array, ...]], *operands: Array, consts: int, carry: int, length: int, reverse: bool
+    body: Callable[..., tuple[Array, ...]],
+    *operands: Array,
+    consts: int,
+    carry: int,
+    length: int,
+    reverse: bool,
 ) -> tuple[Array, ...]:
     """lax.scan over leading axes: operands are constants, then the first carry, then what is scanned."""
     fixed, first, xs = operands[:consts], operands[consts : consts + carry], operands[consts + carry :]

@@ -90,6 +90,11 @@ def spread_groups(values: jax.Array, *, group: int, axis: int, extent: int) -> j
     return jax.lax.slice_in_dim(wide.reshape(flat), 0, extent, axis=values.ndim + axis)
 
 
+def packed_width(width: int, bits: int) -> int:
+    """Stored length of a last axis of `width` codes."""
+    return -(-width // 2) if bits <= 4 else width
+
+
 def unpack(packed: jax.Array, width: int) -> jax.Array:
     """int8 codes [..,width] from bytes [..,ceil(width/2)]."""
     signed = jax.lax.bitcast_convert_type(packed, jnp.int8)

@@ -1,0 +1,177 @@
+"""A program with its weights: compiled prefill and decode steps over a cache that is updated in place."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from effc.errors import EffcError
+from effc.runtime.cache import Cache, cache_shapes, empty_cache
+from effc.runtime.program import Program
+from effc.runtime.sampling import Numbers, Sampling, choose, row_keys
+
+ROUND = 128
+"""Caches hold a multiple of this many tokens, so that few shapes are compiled."""
+
+BUCKETS = (16, 32, 64, 128, 256, 512)
+"""Prompts are padded to one of these; longer ones go in pieces of the last."""
+
+DONE = -1
+"""Stands for no token where a sequence has ended."""
+
+State = dict[str, Any]
+"""Between chunks of decoding: cache; token, done and row [b]; seed; seen bool[b,V] or None."""
+
+
+@dataclass(frozen=True)
+class How:
+    """How tokens are chosen and which ones, stops[n], end a text."""
+
+    sampling: Sampling
+    numbers: Numbers
+    stops: jax.Array
+
+    @property
+    def greedy(self) -> bool:
+        return self.sampling.greedy
+
+    @property
+    def filters(self) -> frozenset[str]:
+        return self.sampling.filters
+
+
+class Engine:
+    """program, params, and eos: ids of tokens that end a text."""
+
+    def __init__(self, program: Program, params: Any, eos: tuple[int, ...] = ()):
+        keep_compiled()
+        self.program, self.params, self.eos = program, params, eos
+        self.context = program.context
+        self.forward = jax.jit(program.forward)
+        self.compile_seconds = 0.0
+        self._shapes: dict[int, Cache] = {}
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def empty(self, batch: int, tokens: int) -> Cache:
+        """A cache with room for at least this many tokens in each sequence."""
+        if batch not in self._shapes:
+            start = time.perf_counter()
+            self._shapes[batch] = cache_shapes(self.program.extend, self.params, batch)
+            self.compile_seconds += time.perf_counter() - start
+        return empty_cache(self._shapes[batch], -(-tokens // ROUND) * ROUND)
+
+    def extend(
+        self, tokens: jax.Array, cache: Cache, valid: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Logits and the cache grown by these tokens; the cache given is used up."""
+        run = self._ready("extend", self.program.extend, 2, self.params, tokens, cache, valid)
+        return run(self.params, tokens, cache, valid)
+
+    def choose(self, logits: jax.Array, state: State, how: How) -> State:
+        """The state with the tokens that follow logits[b,1,V]."""
+        call = partial(_choose, greedy=how.greedy, filters=how.filters)
+        args = (logits, state, how.numbers, how.stops)
+        return self._ready(("choose", how.greedy, how.filters), call, 1, *args)(*args)
+
+    def decode(self, state: State, how: How, limit: int, chunk: int) -> tuple[State, jax.Array]:
+        """The state after up to limit <= chunk more tokens, and those i32[b,chunk], DONE where there are none."""
+        options = {"chunk": chunk, "greedy": how.greedy, "filters": how.filters}
+        call = partial(_decode, self.program.extend, **options)
+        args = (self.params, state, how.numbers, how.stops, jnp.int32(limit))
+        return self._ready(("decode", *options.values()), call, 1, *args)(*args)
+
+    def _ready(self, what: Any, call: Callable[..., Any], donate: int, *args: Any) -> Callable[..., Any]:
+        """`call` compiled for arguments like these; time spent is counted apart."""
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), args[1:] if args[0] is self.params else args)
+        leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2)
+        key = (what, tuple(leaves), tree)
+        if key not in self._compiled:
+            start = time.perf_counter()
+            self._compiled[key] = jax.jit(call, donate_argnums=donate).lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - start
+        return self._compiled[key]
+
+
+def _choose(
+    logits: jax.Array,
+    state: State,
+    numbers: Numbers,
+    stops: jax.Array,
+    *,
+    greedy: bool,
+    filters: frozenset[str],
+) -> State:
+    keys = row_keys(state["seed"], state["row"], state["cache"].lengths)
+    token = choose(logits[:, -1], state["seen"], keys, numbers, greedy=greedy, filters=filters)
+    seen = state["seen"]
+    if seen is not None:
+        seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+    return {**state, "token": token, "seen": seen, "done": state["done"] | is_stop(token, stops)}
+
+
+def _decode(
+    extend: Callable[..., Any], params: Any, state: State, numbers: Numbers, stops: jax.Array, limit: jax.Array, *,
+    chunk: int, greedy: bool, filters: frozenset[str],
+) -> tuple[State, jax.Array]:  # fmt: skip
+    """Each turn takes in the token chosen last and chooses the next; ends early when all rows are done."""
+
+    def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
+        i, state, _ = carry
+        return (i < limit) & ~jnp.all(state["done"])
+
+    def turn(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
+        i, state, out = carry
+        logits, cache = extend(params, state["token"][:, None], state["cache"])
+        state = _choose(logits, {**state, "cache": cache}, numbers, stops, greedy=greedy, filters=filters)
+        shown = jnp.where(state["done"], DONE, state["token"])
+        return i + 1, state, lax.dynamic_update_slice(out, shown[:, None], (0, i))
+
+    out = jnp.full((state["token"].shape[0], chunk), DONE, jnp.int32)
+    _, state, out = lax.while_loop(unfinished, turn, (jnp.int32(0), state, out))
+    return state, out
+
+
+def is_stop(token: jax.Array, stops: jax.Array) -> jax.Array:
+    """bool[b]: whether each token is one of stops[n]."""
+    return jnp.any(token[:, None] == stops[None, :], axis=1)
+
+
+def pieces(longest: int, context: int | None) -> list[tuple[int, int]]:
+    """(start, size) of the calls that take in a prompt: whole buckets, the last as small as will do."""
+    out: list[tuple[int, int]] = []
+    start = 0
+    while start < longest:
+        left = longest - start
+        size = next((bucket for bucket in BUCKETS if bucket >= left), BUCKETS[-1])
+        # Padding must not run past a table of positions: what lies there may be NaN.
+        out.append((start, size if context is None else min(size, context - start)))
+        start += out[-1][1]
+    return out
+
+
+def check_length(prompt: int, new: int, context: int | None, where: str = "generate") -> None:
+    """Refuses what does not fit: caches and tables of positions would clamp silently."""
+    if prompt < 1:
+        raise EffcError(f"{where}: a prompt has no tokens, want at least one")
+    if new < 1:
+        raise EffcError(f"{where}: max_new_tokens is {new}, want at least 1")
+    if context is not None and prompt + new > context:
+        asked = f"{prompt} prompt tokens and {new} new ones"
+        raise EffcError(f"{where}: {asked} are {prompt + new}, want at most the context of {context}")
+
+
+def keep_compiled() -> None:
+    """Have JAX keep compiled programs on disk, where the user has not said otherwise."""
+    if jax.config.jax_compilation_cache_dir is not None or "JAX_ENABLE_COMPILATION_CACHE" in os.environ:
+        return
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(Path(base) / "effc" / "jax"))

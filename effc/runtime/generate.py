@@ -1,0 +1,221 @@
+"""Text from prompts: prefill in pieces, then chunks of decoding; a batch may be ragged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effc.errors import EffcError
+from effc.runtime.cache import Cache
+from effc.runtime.engine import DONE, Engine, How, State, check_length, pieces
+from effc.runtime.sampling import Sampling
+from effc.runtime.text import Decoder, Watch
+
+OnTokens = Callable[[int, list[int]], None]
+"""Called with a row and its new tokens as they come."""
+
+
+@dataclass
+class Stats:
+    """Counts and seconds; compiling is counted apart from the work."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    decoded: int = 0  # tokens that decode_seconds covers: the first of each row comes from prefill
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens a second, all rows together."""
+        return self.decoded / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass
+class Result:
+    """tokens and finish (`stop`, `length`) of each row; texts too where a decoder was given.
+
+    Tokens that stop a text are not part of it, nor is any of a stop string.
+    """
+
+    tokens: list[list[int]]
+    finish: list[str]
+    stats: Stats
+    texts: list[str] | None = None
+
+
+@dataclass
+class Request:
+    """What to generate. stop strings need `decode`, ids -> text."""
+
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: Sequence[int] | None = None  # None: the engine's own
+    seed: int = 0
+    chunk: int = 32
+    stop: Sequence[str] = ()
+    decode: Decoder | None = None
+
+
+def generate(
+    engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling | None = None,
+    stop_ids: Sequence[int] | None = None, seed: int = 0, chunk: int = 32, stop: Sequence[str] = (),
+    decode: Decoder | None = None, on_tokens: OnTokens | None = None,
+) -> Result:  # fmt: skip
+    """Up to max_new_tokens after each prompt; a row's tokens do not depend on the other rows."""
+    request = Request(prompts, max_new_tokens, sampling or Sampling(), stop_ids, seed, chunk, stop, decode)
+    result = Result([[] for _ in prompts], ["length"] * len(prompts), Stats())
+    for news in stream(engine, request, result):
+        for row, tokens in enumerate(news):
+            if on_tokens and tokens:
+                on_tokens(row, tokens)
+    return result
+
+
+def stream(engine: Engine, request: Request, result: Result) -> Iterator[list[list[int]]]:
+    """The new tokens of each row, a chunk at a time; `result` is filled on the way.
+
+    Tokens that may begin a stop string are held back until that is decided.
+    """
+    run = _Run(engine, request, result)
+    left = request.max_new_tokens - 1
+    yield run.take(run.prefill(), left == 0)
+    while left > 0 and not run.finished():
+        count = min(left, request.chunk)
+        left -= count
+        yield run.take(run.decode(count), left == 0)
+    result.texts = [watch.text for watch in run.watches] if request.decode else None
+
+
+class _Run:
+    """One request under way."""
+
+    def __init__(self, engine: Engine, request: Request, result: Result):
+        self.engine, self.request, self.result = engine, request, result
+        self.lengths = [len(prompt) for prompt in request.prompts]
+        self._check()
+        stops = engine.eos if request.stop_ids is None else request.stop_ids
+        sampling = request.sampling
+        self.how = How(sampling, sampling.numbers(), jnp.asarray(list(stops) or [DONE], jnp.int32))
+        self.seed = jax.random.key(request.seed)
+        self.done, self.sent = [False] * len(self.lengths), [0] * len(self.lengths)
+        self.watches = [Watch(request.decode, request.stop) for _ in self.lengths]
+        self.state: State = {}
+
+    def _check(self) -> None:
+        if not self.lengths:
+            raise EffcError("generate: no prompts, want at least one")
+        check_length(min(self.lengths), self.request.max_new_tokens, None)
+        check_length(max(self.lengths), self.request.max_new_tokens, self.engine.context)
+        if self.request.stop and self.request.decode is None:
+            raise EffcError("generate: stop strings are given without a decoder, want `decode` (ids -> text)")
+
+    def prefill(self) -> np.ndarray:
+        """The first new token of each row, i32[b,1]."""
+        timer = _Timer(self.engine, self.result.stats)
+        logits, cache = self._read_prompts()
+        self.state = self.engine.choose(logits, self._first_state(cache, logits.shape[-1]), self.how)
+        first = np.where(np.asarray(self.state["done"]), DONE, np.asarray(self.state["token"]))[:, None]
+        self.result.stats.prompt_tokens = sum(self.lengths)
+        self.result.stats.prefill_seconds += timer.seconds()
+        return first
+
+    def _read_prompts(self) -> tuple[jax.Array, Cache]:
+        """Logits [b,1,V] after the last token of each prompt, and the cache that holds them all."""
+        lengths = np.asarray(self.lengths, np.int32)
+        cuts = pieces(max(self.lengths), self.engine.context)
+        end = sum(cuts[-1])
+        tokens = _padded(self.request.prompts, end)
+        room = max(end, max(self.lengths) + self.request.max_new_tokens)
+        cache, last = self.engine.empty(len(lengths), room), None
+        for start, size in cuts:
+            valid = np.clip(lengths - start, 0, size)
+            piece = jnp.asarray(tokens[:, start : start + size])
+            logits, cache = self.engine.extend(piece, cache, jnp.asarray(valid))
+            last = logits if last is None else jnp.where((valid > 0)[:, None, None], logits, last)
+        assert last is not None
+        return last, cache
+
+    def _first_state(self, cache: Cache, vocab: int) -> State:
+        rows = len(self.lengths)
+        return {
+            "cache": cache, "token": jnp.zeros(rows, jnp.int32), "done": jnp.zeros(rows, bool),
+            "row": jnp.arange(rows, dtype=jnp.int32), "seed": self.seed,
+            "seen": _seen(self.request.prompts, vocab) if "repetition_penalty" in self.how.filters else None,
+        }  # fmt: skip
+
+    def decode(self, count: int) -> np.ndarray:
+        """i32[b,chunk]: up to `count` more tokens of each row."""
+        timer = _Timer(self.engine, self.result.stats)
+        self.state["done"] = jnp.asarray(np.asarray(self.state["done"]) | self.done)
+        self.state, out = self.engine.decode(self.state, self.how, count, self.request.chunk)
+        tokens = np.asarray(out)
+        self.result.stats.decode_seconds += timer.seconds()
+        self.result.stats.decoded += int((tokens != DONE).sum())
+        return tokens
+
+    def take(self, tokens: np.ndarray, final: bool) -> list[list[int]]:
+        """What of tokens[b,n], and of those held back, belongs to each text; notes which rows have ended."""
+        ended = np.asarray(self.state["done"])
+        news = [self._take_row(row, tokens[row], bool(ended[row]), final) for row in range(len(self.lengths))]
+        self.result.stats.new_tokens = sum(map(len, self.result.tokens))
+        return news
+
+    def _take_row(self, row: int, tokens: np.ndarray, ended: bool, final: bool) -> list[int]:
+        if self.done[row]:
+            return []
+        kept, watch = self.result.tokens[row], self.watches[row]
+        kept.extend(int(token) for token in tokens if token != DONE)
+        cut = watch.see(kept)
+        if cut is not None:
+            del kept[cut:]
+        if ended or cut is not None:
+            self.done[row], self.result.finish[row] = True, "stop"
+        start, stop = self.sent[row], len(kept) if final or self.done[row] else watch.safe(len(kept))
+        self.sent[row] = max(start, stop)
+        return kept[start:stop]
+
+    def finished(self) -> bool:
+        """Whether no row goes on."""
+        return all(self.done)
+
+
+class _Timer:
+    """Seconds since it was made, less what was spent compiling (which goes to the stats)."""
+
+    def __init__(self, engine: Engine, stats: Stats):
+        self.engine, self.stats = engine, stats
+        self.start, self.before = time.perf_counter(), engine.compile_seconds
+
+    def seconds(self) -> float:
+        compiling = self.engine.compile_seconds - self.before
+        self.stats.compile_seconds += compiling
+        return time.perf_counter() - self.start - compiling
+
+
+def _padded(prompts: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """i32[b,width], zeros on the right."""
+    out = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in enumerate(prompts):
+        out[row, : len(prompt)] = prompt
+    return out
+
+
+def _seen(prompts: Sequence[Sequence[int]], vocab: int) -> jax.Array:
+    """bool[b,V]: tokens of each prompt."""
+    seen = np.zeros((len(prompts), vocab), bool)
+    for row, prompt in enumerate(prompts):
+        seen[row, list(prompt)] = True
+    return jnp.asarray(seen)
