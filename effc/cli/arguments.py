@@ -1,0 +1,148 @@
+"""What all verbs share: mistakes in one line, options under one spelling, output as table or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from effc.errors import EffcError, nearest
+
+Run = Callable[[argparse.Namespace], int | None]
+
+
+class Shown(Protocol):
+    """What a verb prints."""
+
+    def table(self) -> Any: ...
+
+    def json(self) -> dict[str, Any]: ...
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes are EffcError: one line and exit 1, as every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise EffcError(f"{self.prog.removeprefix('effc ')}: {message} (see {self.prog} --help)")
+
+
+def verb(verbs: Any, name: str, run: Run, summary: str, *examples: str) -> Parser:
+    """A new verb; its help ends in the examples."""
+    lines = "\n".join(f"  {line}" for line in examples)
+    parser: Parser = verbs.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example{'s' * (len(examples) > 1)}:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run, examples=examples)
+    return parser
+
+
+def known_options(parser: Parser, words: Sequence[str]) -> None:
+    """EffcError for an option that its verb does not have: argparse would first ask for what is missing."""
+    own = _options(parser)
+    for number, word in enumerate(words):
+        if word == "--":
+            return
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in own:
+            raise EffcError(
+                f"{words[0]}: no option '{name}'{nearest(name, own)} (see effc {words[0]} --help)"
+            )
+        if number == 0 and not word.startswith("-"):
+            own = _options(_verb_of(parser, word))
+
+
+def _verb_of(parser: Parser, word: str) -> argparse.ArgumentParser:
+    choices = _verbs(parser)
+    if word not in choices:
+        raise EffcError(f"no verb '{word}', want one of {', '.join(choices)}{nearest(word, choices)}")
+    return choices[word]
+
+
+def _verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    found = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return dict(found[0])
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    return list(parser._option_string_actions)
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """How to read a checkpoint that does not say all of it."""
+    group = parser.add_argument_group("reading the checkpoint")
+    group.add_argument(
+        "--module",
+        metavar="FILE.py:FUNC",
+        help="function that builds the Flax module, for weights that name none; its code is run",
+    )
+    group.add_argument("--dtype", help="compute in this dtype: float32 (default), bfloat16, float16")
+
+
+def json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def positive(text: str) -> int:
+    """An int of 1 or more, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}, want 1 or more")
+    return value
+
+
+def show(args: argparse.Namespace, what: Shown) -> None:
+    """As JSON where --json asks for it, else as a table on stdout."""
+    if args.json:
+        show_json(what.json())
+    else:
+        show_table(what.table())
+
+
+def show_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def show_table(table: Any) -> None:
+    """A rich renderable, as wide as the terminal; where there is none 110, no trailing spaces."""
+    from rich.console import Console
+
+    if sys.stdout.isatty():
+        Console(highlight=False).print(table)
+        return
+    console = Console(width=110, highlight=False, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def progress_console() -> Any:
+    """Progress goes to stderr, so that stdout holds the result alone."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def read_text(file: Path) -> str:
+    """A UTF-8 file; EffcError if it is not."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise EffcError(f"{file}: not UTF-8 text") from None
+
+
+def write_text(file: Path | None, text: str) -> None:
+    """To the file, whole or not at all; to stdout where there is none."""
+    if file is None:
+        sys.stdout.write(text)
+        return
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)

@@ -1,0 +1,89 @@
+"""`effc optimize`: from a checkpoint to an artifact."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from effc.cli.arguments import json_option, model_options, progress_console, show, verb
+from effc.errors import EffcError
+
+if TYPE_CHECKING:
+    from effc.driver import Settings
+
+
+def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verb(
+        verbs,
+        "optimize",
+        run,
+        "compile a checkpoint into a cheaper program, with a report of what it cost",
+        "effc optimize examples/stdlib12/model.ckpt --passes quant4 -o out",
+        "effc optimize SmolLM2.gguf --passes quant4{group=64},fuse --eval heldout.txt -o out",
+        "effc optimize weights.safetensors --module model.py:build --dry-run --passes quant8",
+    )
+    parser.add_argument(
+        "model", type=Path, help="checkpoint: model.ckpt, Hugging Face folder, .gguf, .msgpack, Orbax"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="artifact to write; must not be there yet"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an artifact that is there")
+    parser.add_argument(
+        "--passes", default="", help="what to do, in any order: quant4{group=64},fuse (see effc passes)"
+    )
+    parser.add_argument("--eval", type=Path, metavar="FILE", help="text to measure perplexity and KL on")
+    parser.add_argument("--calib", type=Path, metavar="FILE", help="text for passes that calibrate")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
+    parser.add_argument("--no-speed", action="store_true", help="leave tokens/s out of the report")
+    parser.add_argument("--export", action="store_true", help="also write StableHLO programs (jax.export)")
+    _ir_options(parser)
+    model_options(parser)
+    json_option(parser)
+
+
+def _ir_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the IR")
+    group.add_argument(
+        "--dry-run", action="store_true", help="show what would be done; read no weights, write nothing"
+    )
+    group.add_argument(
+        "--print-ir-after-all", action="store_true", help="print the IR after every pass to stderr"
+    )
+    group.add_argument(
+        "--dump", type=Path, metavar="DIR", help="write the IR after every pass to DIR/NN-pass.effc"
+    )
+    group.add_argument(
+        "--ir", type=Path, metavar="FILE.effc", help="start from this dump, edited by hand, instead"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.output is None and not args.dry_run:
+        raise EffcError("optimize: nowhere to write, want -o DIR (or --dry-run)")
+    from effc import driver
+    from effc.frontend.checkpoints import open_checkpoint
+
+    source = open_checkpoint(args.model, module=args.module, dtype=args.dtype)
+    if args.dry_run:
+        show(args, driver.plan(source, _settings(args)))
+    else:
+        show(args, driver.optimize(source, args.output, _settings(args), progress_console()))
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from effc.driver import Settings
+
+    return Settings(
+        passes=args.passes,
+        seed=args.seed,
+        eval_text=args.eval,
+        calib=args.calib,
+        ir=args.ir,
+        force=args.force,
+        export=args.export,
+        speed=not args.no_speed,
+        dump=args.dump,
+        print_ir=args.print_ir_after_all,
+    )

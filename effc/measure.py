@@ -1,0 +1,215 @@
+"""What `effc eval` and `effc bench` measure of opened models."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from effc import evaluate
+from effc.errors import EffcError
+from effc.evaluate import Quality, Windows, vocab_of
+from effc.generator import engine_of
+from effc.opened import Opened
+from effc.plan import token_bytes
+from effc.runtime.engine import Engine
+from effc.runtime.generate import Result, generate
+from effc.weights import nbytes
+
+PROMPT, NEW = 512, 128
+"""What llama-bench measures; less where the model's context is shorter."""
+
+
+# -- quality ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality on a text; with `against`, first that of the other model."""
+
+    text: str
+    tokens: int
+    rows: dict[str, Quality]
+
+    def json(self) -> dict[str, Any]:
+        models = {name: quality.json() for name, quality in self.rows.items()}
+        return {"text": self.text, "tokens": self.tokens, "models": models}
+
+    def table(self) -> Table:
+        """A rich renderable."""
+        table = Table(caption=f"{self.tokens} tokens of {self.text}", caption_justify="left")
+        table.add_column("model")
+        for title in ("perplexity", "bits a byte", "KL, nats a token", "same likeliest token"):
+            table.add_column(title, justify="right")
+        for name, q in self.rows.items():
+            cells = (_number(q.bits_per_byte, ".4f"), _number(q.kl, ".5f"), _number(q.top1, ".2%"))
+            table.add_row(name, f"{q.perplexity:.3f}", *cells)
+        return table
+
+
+def evaluation(
+    model: Opened,
+    file: Path | None,
+    other: Opened | None = None,
+    *,
+    tokens: int = 4096,
+    window: int = evaluate.WINDOW,
+    console: Console | None = None,
+) -> Evaluation:
+    """Perplexity and bits a byte of `model`, and its distance from `other` where there is one."""
+    text = _windows(model, file, tokens, window)
+    if other and vocab_of(other.module) != vocab_of(model.module):
+        raise EffcError(
+            f"{other.path}: {vocab_of(other.module)} tokens, want {vocab_of(model.module)} as {model.path}"
+        )
+    with Progress(console=console, transient=True, disable=console is None) as bar:
+        task = bar.add_task("evaluate", total=text.scored)
+        rows = _qualities(model, other, text, lambda done: bar.advance(task, done))
+    return Evaluation(text.source, text.scored, rows)
+
+
+def _qualities(model: Opened, other: Opened | None, text: Windows, progress: Any) -> dict[str, Quality]:
+    side = (model.module, model.store)
+    if other is None:
+        return {str(model.path): evaluate.quality(side, text, progress)}
+    first, second = evaluate.compare((other.module, other.store), side, text, progress)
+    return {f"{other.path} (against)": first, str(model.path): second}
+
+
+def _windows(model: Opened, file: Path | None, tokens: int, window: int) -> Windows:
+    text, source = evaluate.read_text(file)
+    window = min(window, context_of(model) or window)
+    return evaluate.windows(model.tokenizer(), text, window=window, tokens=tokens, source=source)
+
+
+def context_of(model: Opened) -> int | None:
+    """The most positions a sequence may have; None where nothing limits it."""
+    context = model.module.meta.get("context")
+    return context if isinstance(context, int) and context > 0 else None
+
+
+# -- speed --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Timings:
+    """Tokens a second of each run, all sequences together; bytes of weights read for a token."""
+
+    name: str
+    weight_bytes: int
+    token_bytes: int
+    pp: list[float] = field(default_factory=list[float])
+    tg: list[float] = field(default_factory=list[float])
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes of weights a second while generating one sequence."""
+        return self.token_bytes * statistics.mean(self.tg)
+
+    def json(self) -> dict[str, Any]:
+        """Means, spreads (standard deviations), and every run."""
+        return asdict(self) | {
+            "pp_mean": statistics.mean(self.pp),
+            "pp_spread": statistics.pstdev(self.pp),
+            "tg_mean": statistics.mean(self.tg),
+            "tg_spread": statistics.pstdev(self.tg),
+        }
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Models run in turn, so that what disturbs the machine disturbs all of them."""
+
+    prompt: int
+    new: int
+    batch: int
+    runs: int
+    models: list[Timings]
+
+    def json(self) -> dict[str, Any]:
+        sizes = {"prompt": self.prompt, "new": self.new, "batch": self.batch, "runs": self.runs}
+        models = [model.json() | {"gb_per_second": self._bandwidth(model)} for model in self.models]
+        return sizes | {"models": models, "ratios": self.ratios()}
+
+    def ratios(self) -> dict[str, float]:
+        """The first model's speed over the second's, run by run, in the middle."""
+        if len(self.models) < 2:
+            return {}
+        one, two = self.models
+        return {kind: _ratio(getattr(one, kind), getattr(two, kind)) for kind in ("pp", "tg")}
+
+    def table(self) -> Table:
+        """A rich renderable."""
+        ratios = "".join(f", {kind} x{value:.2f}" for kind, value in self.ratios().items())
+        what = f"{self.batch} sequence{'s' * (self.batch > 1)}"
+        caption = f"tokens/s of {what}, mean ± spread of {self.runs} runs{ratios}"
+        table = Table(caption=caption, caption_justify="left")
+        table.add_column("model")
+        for title in (f"pp{self.prompt}", f"tg{self.new}", "weights MB", "MB a token", "GB/s"):
+            table.add_column(title, justify="right")
+        for m in self.models:
+            sizes = (f"{m.weight_bytes / 1e6:.1f}", f"{m.token_bytes / 1e6:.1f}", f"{self._bandwidth(m):.2f}")
+            table.add_row(m.name, _spread(m.pp), _spread(m.tg), *sizes)
+        return table
+
+    def _bandwidth(self, model: Timings) -> float:
+        """GB/s of weights read: once a step, whatever the batch."""
+        return model.bandwidth / self.batch / 1e9
+
+
+def benchmark(
+    models: Sequence[Opened],
+    *,
+    prompt: int | None = None,
+    new: int | None = None,
+    runs: int = 5,
+    batch: int = 1,
+    console: Console | None = None,
+) -> Benchmark:
+    """Every model once to warm up, then `runs` times in turn; random prompts, greedy, nothing ends early."""
+    prompt, new = _sizes(models, prompt, new)
+    engines = [engine_of(model) for model in models]
+    timings = [Timings(str(m.path), nbytes(m.module), token_bytes(m.module)) for m in models]
+    with Progress(console=console, transient=True, disable=console is None) as bar:
+        for number in bar.track(range(runs + 1), description="bench"):
+            for model, engine, timing in zip(models, engines, timings):
+                pp, tg = _run(engine, vocab_of(model.module), prompt, new, batch)
+                if number:
+                    timing.pp.append(pp)
+                    timing.tg.append(tg)
+    return Benchmark(prompt, new, batch, runs, timings)
+
+
+def _sizes(models: Sequence[Opened], prompt: int | None, new: int | None) -> tuple[int, int]:
+    """As asked; else llama-bench's, cut to the shortest context."""
+    context = min((context_of(model) or PROMPT + NEW for model in models), default=PROMPT + NEW)
+    new = new or min(NEW, max(2, context // 4))
+    prompt = prompt or min(PROMPT, context - new)
+    if new < 2:
+        raise EffcError("bench: -n 1, want 2 or more: the first token comes with the prompt")
+    return prompt, new
+
+
+def _run(engine: Engine, vocab: int, prompt: int, new: int, batch: int) -> tuple[float, float]:
+    tokens = np.random.default_rng(0).integers(0, vocab, (batch, prompt)).tolist()
+    result: Result = generate(engine, tokens, max_new_tokens=new, stop_ids=())
+    return result.stats.prefill_rate, result.stats.decode_rate
+
+
+def _ratio(one: Sequence[float], two: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(one, two))
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
