@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
 
 from effc.ir.core import Attr, Func, Loc, Op, Param, Ref, Value
-from effc.ir.types import Type
+from effc.ir.types import FROM_NUMPY, Type
 
 
 @dataclass
@@ -18,6 +21,8 @@ class Graph:
     params: dict[str, Param] = field(default_factory=dict[str, Param])
     ops: dict[str, Op] = field(default_factory=dict[str, Op])  # any output's name -> its op
     types: dict[str, Type] = field(default_factory=dict[str, Type])
+    constants: dict[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])  # by a parameter's path
+    memo: dict[str, dict[str, Any]] = field(default_factory=dict[str, "dict[str, Any]"])  # answers of raising
     _alias: dict[str, str] = field(default_factory=dict[str, str])
     _count: int = 0
 
@@ -49,6 +54,17 @@ class Graph:
     def one(self, kind: str, inputs: Sequence[str], type: Type, loc: Loc | None = None, **attrs: Attr) -> str:
         """A new op with one output and no parameters."""
         return self.add(kind, inputs, type, attrs=attrs, loc=loc)[0]
+
+    def constant(self, array: np.ndarray, hint: str = "const") -> str:
+        """The name of a parameter that is a fixed array, one for equal arrays."""
+        for path, known in self.constants.items():
+            if known.shape == array.shape and known.dtype == array.dtype and np.array_equal(known, array):
+                return path.replace("/", ".")
+        path = f"{hint}/{len(self.constants)}"
+        self.constants[path] = array
+        name = path.replace("/", ".")
+        self.params[name] = Param(name, Type(FROM_NUMPY[array.dtype.name], array.shape), path=path)
+        return name
 
     def become(self, old: str, new: str) -> None:
         """Every use of `old` becomes a use of `new`."""

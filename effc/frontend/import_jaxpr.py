@@ -12,24 +12,17 @@ from effc.errors import EffcError
 from effc.frontend.encode import IDENTITY, INLINED, RENAMED, dtype_name, encode, number
 from effc.frontend.graph import Graph
 from effc.frontend.trace import B, T, Traced, formula
-from effc.ir.core import Attr, Func, Loc, Param, Value
-from effc.ir.types import Dim, Size, Type
+from effc.ir.core import Attr, Loc
+from effc.ir.core import Param
+from effc.ir.types import Size, Type
 
 SMALL = 1
 """Captured arrays of more elements become named constants, read like parameters."""
 
 
-class Imported:
-    """The flat function, and the arrays the program had captured, by the path of their parameter."""
-
-    def __init__(self, graph: Graph, constants: dict[str, np.ndarray]) -> None:
-        self.graph = graph
-        self.constants = constants
-
-
-def import_traces(traced: Traced) -> Imported:
-    """The IR of both traces as one function of tokens i32[b,t]."""
-    importer = _Importer(Graph(), traced.points, {})
+def import_traces(traced: Traced) -> Graph:
+    """The IR of both traces as one function of tokens i32[b,t]; captured arrays are its constants."""
+    importer = _Importer(Graph(), traced.points)
     first, second = traced.first.jaxpr, traced.second.jaxpr
     env: dict[Any, str] = {}
     *weights, tokens = zip(first.invars, second.invars, strict=True)
@@ -37,27 +30,24 @@ def import_traces(traced: Traced) -> Imported:
         env[p] = importer.parameter(path, importer.type_of(p.aval, q.aval, path))
     env[tokens[0]] = importer.graph.input("tokens", Type("i32", (B, T)))
     importer.constants_of(traced.first, traced.second, env)
-    results = importer.run(first, second, env)
-    importer.graph.results = results
-    return Imported(importer.graph, importer.constants)
+    importer.graph.results = importer.run(first, second, env)
+    return importer.graph
 
 
 def import_function(traced: Traced, graph: Graph, operands: Sequence[str]) -> list[str]:
     """Import a traced function of `operands` into a graph that exists; returns its results there."""
-    importer = _Importer(graph, traced.points, {})
+    importer = _Importer(graph, traced.points)
     first, second = traced.first.jaxpr, traced.second.jaxpr
     env: dict[Any, str] = {p: graph.find(name) for p, name in zip(first.invars, operands, strict=True)}
     importer.constants_of(traced.first, traced.second, env)
-    if importer.constants:
-        raise EffcError("lowering: a position-dependent value captures an array, want it computed or a table")
     return importer.run(first, second, env)
 
 
 class _Importer:
-    def __init__(self, graph: Graph, points: Any, constants: dict[str, np.ndarray]) -> None:
+    def __init__(self, graph: Graph, points: Any) -> None:
         self.graph = graph
         self.points = points
-        self.constants = constants
+        self.module = ""  # path of the Flax module whose call is being imported
 
     # -- operands ---------------------------------------------------------------------------------------
     def parameter(self, path: str, type: Type) -> str:
@@ -82,9 +72,7 @@ class _Importer:
         type = Type(dtype_name(p.dtype), p.shape)
         if p.size <= SMALL:
             return self.graph.one("const", (), type, value=number(p.reshape(())))
-        path = f"const/{len(self.constants)}"
-        self.constants[path] = p
-        return self.parameter(path, type)
+        return self.graph.add("param", (), type, params={"value": self.graph.constant(p)})[0]
 
     def operand(self, p: Any, q: Any, env: dict[Any, str], loc: Loc) -> str:
         """The name of a variable's value, or of a new literal."""
@@ -138,11 +126,15 @@ class _Importer:
     def equation(self, p: Any, q: Any, env: dict[Any, str]) -> None:
         """Import one equation."""
         name, loc = p.primitive.name, location(p)
+        if self.module and not loc.module.startswith(self.module):
+            loc = replace(loc, module=f"{self.module}/{loc.module}".rstrip("/"))
         operands = [self.operand(x, y, env, loc) for x, y in zip(p.invars, q.invars, strict=True)]
         if name in IDENTITY:
             results = operands
         elif name in INLINED:
+            outer, self.module = self.module, loc.module
             results = self.call(p, q, operands)
+            self.module = outer
         elif name == "scan":
             results = self.scan(p, q, operands, loc)
         else:
@@ -184,7 +176,7 @@ class _Importer:
         """Unroll a scan of fixed length (layers); keep one over tokens as an op with a body."""
         if p.params["length"] == q.params["length"]:
             return self._unrolled(p, q, operands, loc)
-        inner = _Importer(Graph(), self.points, self.constants)
+        inner = _Importer(Graph(), self.points)
         first, second = p.params["jaxpr"], q.params["jaxpr"]
         types = [
             inner.type_of(x.aval, y.aval, str(loc))
@@ -284,4 +276,3 @@ def _callee(equation: Any) -> Any:
     raise EffcError(f"{location(equation)}: call '{equation.primitive.name}' holds no program effc can read")
 
 
-__all__ = ["Dim", "Func", "Imported", "Value", "import_function", "import_traces", "location", "param_slice"]

@@ -1,0 +1,1 @@
+"""In: a trained Flax model, from code or a checkpoint, becomes IR."""

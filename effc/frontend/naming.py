@@ -1,0 +1,61 @@
+"""Readable names for values: after the parameter they came from, or after what they are."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from effc.ir.core import Func, Module, Op
+
+SHORT = {
+    "attention": "attn", "lax.reshape": "r", "lax.transpose": "tr", "lax.add": "sum", "lax.mul": "prod", "repeat": "x",
+    "embed": "x", "positions": "pos", "const": "c", "lax.convert_element_type": "cast", "param": "p", "window": "w",
+}  # fmt: skip
+_DULL = {"kernel", "embedding", "scale", "weight", "w", "bias", "table", "value"}
+
+
+def rename_values(module: Module) -> Module:
+    """The module with every value named for a reader."""
+    for func in module.funcs.values():
+        module = module.with_func(_renamed(func))
+    return module
+
+
+def _renamed(func: Func) -> Func:
+    names = {value.name: value.name for value in func.inputs if not re.fullmatch(r"v\d+(\.\d+)?", value.name)}
+    taken = set(names.values())
+    for value in func.inputs:
+        if value.name not in names:
+            names[value.name] = _free("c", taken)
+    for op in func.ops:
+        for k, value in enumerate(op.outputs):
+            names[value.name] = _free(_hint(op, k), taken)
+    if len(func.results) == 1 and not func.block and func.results[0] in names:
+        names[func.results[0]] = "logits" if "logits" not in taken else names[func.results[0]]
+    ops = tuple(_with_names(op, names) for op in func.ops)
+    inputs = tuple(replace(v, name=names[v.name]) for v in func.inputs)
+    return replace(func, inputs=inputs, ops=ops, results=tuple(names[r] for r in func.results))
+
+
+def _with_names(op: Op, names: dict[str, str]) -> Op:
+    outputs = tuple(replace(v, name=names[v.name]) for v in op.outputs)
+    return replace(op, inputs=tuple(names[i] for i in op.inputs), outputs=outputs)
+
+
+def _hint(op: Op, k: int) -> str:
+    if op.kind == "rope_table":
+        return ("cos", "sin")[k]
+    weight = op.params.get("w") or op.params.get("scale")
+    if op.kind in {"linear", "norm"} and weight:
+        parts = [re.sub(r"\W", "_", p) for p in weight.split(".") if p not in _DULL and not p.isdigit()]
+        if parts:
+            return re.sub(r"^(\d)", r"n\1", parts[-1].lower())
+    return SHORT.get(op.kind, re.sub(r"^lax\.", "", op.kind))
+
+
+def _free(hint: str, taken: set[str]) -> str:
+    name, turn = hint, 1
+    while name in taken:
+        name, turn = f"{hint}{turn}", turn + 1
+    taken.add(name)
+    return name
