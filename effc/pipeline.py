@@ -113,8 +113,10 @@ def _items(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
         raise EffcError(_message(text, error)) from None
 
 
-_WORDS = {"COMMA": "','", "LBRACE": "'{'", "RBRACE": "'}'", "EQUAL": "'='", "NAME": "a name", "BARE": "a value",
-          "STRING": "a quoted value", "$END": "the end"}  # fmt: skip
+_WORDS = {
+    "COMMA": "','", "LBRACE": "'{'", "RBRACE": "'}'", "EQUAL": "'='", "NAME": "a name", "BARE": "a value",
+    "STRING": "a quoted value", "$END": "the end",
+}  # fmt: skip
 
 
 def _message(text: str, error: UnexpectedInput) -> str:

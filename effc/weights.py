@@ -1,4 +1,4 @@
-"""The weight store: arrays by parameter name, read a layer at a time and never kept; safetensors in and out."""
+"""The weight store: arrays by name, read a layer at a time and never kept; safetensors in and out."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def _put(fd: int, base: int, tensor: _Tensor, layer: int, arrays: Arrays) -> int
     if array.dtype.kind not in "iub" and has_nan(array):
         raise EffcError(f"{where}: holds NaN, want numbers")
     view, offset = (
-        memoryview(array.reshape(-1).view(np.uint8)),
+        memoryview(array.reshape(-1).view(np.uint8).data),
         base + tensor.offset + layer * tensor.part.nbytes,
     )
     while len(view):
@@ -268,7 +268,7 @@ class _Entry:
 
 
 def open_safetensors(path: Path, module: Module) -> Store:
-    """The module's arrays from `path` (or its shards); every tensor is checked against the types, none is read."""
+    """The module's arrays from `path` (or its shards); tensors are checked against the types, none is read."""
     found: dict[str, _Entry] = {}
     for file in _files(path):
         found.update(_entries(file))
@@ -325,9 +325,8 @@ def _check_names(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
     if missing:
         raise EffcError(f"{path}: no tensor '{missing[0]}'{_more(missing)}{nearest(missing[0], extra)}")
     if extra:
-        raise EffcError(
-            f"{path}: tensor '{extra[0]}'{_more(extra)} is no parameter of the module{nearest(extra[0], wanted)}"
-        )
+        near = nearest(extra[0], wanted)
+        raise EffcError(f"{path}: tensor '{extra[0]}'{_more(extra)} is no parameter of the module{near}")
 
 
 def _more(names: list[str]) -> str:

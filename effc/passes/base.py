@@ -98,7 +98,7 @@ def option(default: Any, doc: str) -> Any:
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """A rewrite of the module (`run`) and of its arrays (`weights`); every claim below is checked by the runner."""
+    """A rewrite of the module (`run`) and of its arrays (`weights`); the runner checks every claim below."""
 
     name: ClassVar[str]
     phase: ClassVar[Phase]
@@ -110,7 +110,7 @@ class Pass(ABC):
     def run(self, module: Module, notes: Notes) -> Module:
         """The module after; deterministic, so `weights` can find out again what was done."""
 
-    def requires(self, module: Module) -> None:
+    def requires(self, module: Module) -> None:  # noqa: B027
         """Raise PassError for a module it cannot take."""
 
     def weights(self, before: Module, after: Module, store: Store) -> Store:
@@ -121,7 +121,7 @@ class Pass(ABC):
         """Arrays for the parameters it made or changed."""
         return []
 
-    def ensures(self, before: Module, after: Module) -> None:
+    def ensures(self, before: Module, after: Module) -> None:  # noqa: B027
         """Raise PassError where a promise was broken."""
 
     def __str__(self) -> str:

@@ -23,7 +23,7 @@ NEUTRAL: Mapping[str, tuple[int, tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class Clean(Pass):
-    """Folds literals, merges equal ops, drops no-op reshapes, converts and transposes, dead ops and unused parameters."""
+    """Folds literals, merges equal ops, drops no-op reshapes and converts, dead ops and unused parameters."""
 
     name: ClassVar[str] = "clean"
     phase: ClassVar[Phase] = Phase.CLEAN
@@ -119,7 +119,7 @@ def _key(op: Op) -> str:
 
 
 def _equal(one: Op, two: Op) -> bool:
-    """Same op but for the names of its outputs. Literals are compared as written: 1 is not 1.0, -0.0 is not 0.0."""
+    """Same op but for its outputs' names. Literals are compared as written: 1 is not 1.0, -0.0 is not 0.0."""
     types = [[v.type for v in op.outputs] for op in (one, two)]
     return (
         types[0] == types[1]
@@ -154,7 +154,7 @@ def _captured(op: Op) -> Iterator[str]:
 
 
 def _reachable(module: Module) -> Module:
-    """Without functions that neither the decoding nor a kept function names; all of them where nothing is decoded."""
+    """Without functions that neither the decoding nor a kept function names; all, where nothing is decoded."""
     if module.decode is None:
         return module
     found: set[str] = set()

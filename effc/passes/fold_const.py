@@ -16,9 +16,9 @@ Scalar = Any  # a numpy scalar of the IR's dtype
 
 EXACT: dict[str, Callable[..., Scalar]] = {
     "lax.add": np.add, "lax.sub": np.subtract, "lax.mul": np.multiply, "lax.neg": np.negative,
-    "lax.abs": np.abs, "lax.max": np.maximum, "lax.min": np.minimum, "lax.floor": np.floor, "lax.ceil": np.ceil,
-    "lax.sqrt": np.sqrt, "lax.eq": np.equal, "lax.ne": np.not_equal, "lax.lt": np.less, "lax.le": np.less_equal,
-    "lax.gt": np.greater, "lax.ge": np.greater_equal,
+    "lax.abs": np.abs, "lax.max": np.maximum, "lax.min": np.minimum, "lax.floor": np.floor,
+    "lax.ceil": np.ceil, "lax.sqrt": np.sqrt, "lax.eq": np.equal, "lax.ne": np.not_equal,
+    "lax.lt": np.less, "lax.le": np.less_equal, "lax.gt": np.greater, "lax.ge": np.greater_equal,
 }  # fmt: skip
 """Correctly rounded operations; exp and its like differ by an ulp from machine to machine and stay."""
 

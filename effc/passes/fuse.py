@@ -13,7 +13,7 @@ from effc.weights import Lazy, Store
 
 @dataclass(frozen=True)
 class Fuse(Pass):
-    """Joins linears that read the same value (q/k/v, gate/up) into one, and folds norm scales into dense linears."""
+    """Joins linears that read one value (q/k/v, gate/up), and folds norm scales into dense linears."""
 
     name: ClassVar[str] = "fuse"
     phase: ClassVar[Phase] = Phase.FUSE

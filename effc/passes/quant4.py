@@ -13,7 +13,7 @@ from effc.weights import Lazy, Store
 
 @dataclass(frozen=True)
 class Quant4(Pass):
-    """Weights of linears to 4-bit codes, a scale per `group` along the summed axis; embeddings and head to 8 bits a row."""
+    """Weights of linears to 4-bit codes, a scale per `group` summed over; embeddings and head to 8 bits a row."""
 
     name: ClassVar[str] = "quant4"
     phase: ClassVar[Phase] = Phase.QUANTIZE

@@ -1,4 +1,4 @@
-"""Arrays to codes and scales: round to nearest, by the greatest magnitude or by least squares over a small grid."""
+"""Arrays to codes and scales: round to nearest, scaled by the greatest magnitude or by least squares."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def quantize(array: Array, quant: Quant, method: Method, where: str) -> Arrays:
 
 
 def _grouped(x: Array, quant: Quant) -> Array:
-    """[groups, codes in a group, the rest]: the coded axis cut, padded with zeros where it does not divide."""
+    """[groups, codes in a group, the rest]: the coded axis cut, zeros after it where it does not divide."""
     moved = np.moveaxis(x, quant.axis, 0)
     extent = moved.shape[0]
     group = quant.group or extent
@@ -65,8 +65,8 @@ def _block(x: Array, quant: Quant, method: Method) -> tuple[Array, Array, Array]
     if not quant.sym:
         return _asymmetric(x, quant)
     if method == "mse":
-        return (*_least_squares(x, quant), np.float32(0))
-    return (*_absmax(x, quant), np.float32(0))
+        return (*_least_squares(x, quant), np.zeros(1, np.float32))
+    return (*_absmax(x, quant), np.zeros(1, np.float32))
 
 
 def _limits(quant: Quant) -> tuple[int, int]:
@@ -104,7 +104,7 @@ def _asymmetric(x: Array, quant: Quant) -> tuple[Array, Array, Array]:
 
 
 def _least_squares(x: Array, quant: Quant) -> tuple[Array, Array]:
-    """Of a grid of scales the one with the least squared error; the side with one code more takes the extreme value."""
+    """Of a grid of scales the one of least squared error; the extreme value is on the side with a code more."""
     best, scale = _absmax(x, quant)
     error = _error(x, best, scale)
     extreme = np.where(

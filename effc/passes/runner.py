@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from effc.errors import EffcError
-from effc.ir.core import Module, all_ops
+from effc.ir.core import Module
+from effc.ir.diff import touched
 from effc.ir.parser import parse
-from effc.ir.printer import dump, op_lines
+from effc.ir.printer import dump
 from effc.ir.verify import verify
 from effc.passes.base import Notes, Pass, PassError
 
@@ -42,7 +42,7 @@ def run(module: Module, passes: Iterable[Pass], watch: Watch = lambda name, modu
 
 
 def step(made_by: Pass, before: Module) -> Step:
-    """One pass, checked: its own promises, the verifier, the op kinds it may write, the round trip through text."""
+    """One pass, checked: its promises, the verifier, the op kinds it may write, the round trip through text."""
     start = time.perf_counter()
     notes = Notes()
     made_by.requires(before)
@@ -70,16 +70,6 @@ def check_writes(made_by: Pass, before: Module, after: Module) -> None:
         raise PassError(
             f"{made_by.name}: changed {', '.join(sorted(wrong))}, want {allowed} at most (see `writes`)"
         )
-
-
-def touched(before: Module, after: Module) -> set[str]:
-    """Kinds of the ops that are in one module and not in the other; moved ops are not touched."""
-    was, now = _ops(before), _ops(after)
-    return {kind for kind, _, _ in (was - now) + (now - was)}
-
-
-def _ops(module: Module) -> Counter[tuple[str, str, str]]:
-    return Counter((op.kind, func.name, "\n".join(op_lines(op))) for func, op in all_ops(module))
 
 
 def dumper(folder: Path) -> Watch:

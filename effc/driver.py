@@ -1,0 +1,357 @@
+"""optimize(): load -> lower -> passes -> weights -> check -> emit -> evaluate -> report."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from effc import artifact, evaluate, speed
+from effc.artifact import WEIGHTS, effc_version, staged, write_manifest, write_texts
+from effc.backend.to_python import emit
+from effc.clock import Clock, peak_bytes
+from effc.errors import EffcError, nearest
+from effc.evaluate import Quality, Windows
+from effc.frontend.lower import lower
+from effc.frontend.source import Source
+from effc.frontend.tokenizer import Tokenizer
+from effc.ir.core import Module
+from effc.ir.types import Quant
+from effc.passes import runner
+from effc.passes.base import Exactness, Pass, PassError
+from effc.passes.runner import Step, Watch
+from effc.passes.weight_rules import coded
+from effc.pipeline import Pipeline
+from effc.plan import Plan, side
+from effc.report import PassReport, Report, Side, Speed
+from effc.weights import Store, nbytes, open_safetensors, write_safetensors
+
+TOLERANCE = 1e-3
+"""How far an exact pass may move logits, as a share of their range: f32 rounding through deep models."""
+
+PROBE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `effc optimize` is asked for beside the model and where to write."""
+
+    passes: str = ""
+    seed: int = 0
+    eval_text: Path | None = None
+    calib: Path | None = None
+    eval_tokens: int = 4096
+    window: int = evaluate.WINDOW
+    ir: Path | None = None
+    force: bool = False
+    export: bool = False
+    speed: bool = True
+    dump: Path | None = None
+    print_ir: bool = False
+
+
+@dataclass(frozen=True)
+class State:
+    """A module and its arrays."""
+
+    module: Module
+    store: Store
+
+    @property
+    def side(self) -> evaluate.Side:
+        """As the evaluator takes it."""
+        return self.module, self.store
+
+
+def optimize(
+    source: Source, out: Path, settings: Settings | None = None, console: Console | None = None
+) -> Report:
+    """Compile `source` into an artifact at `out`; nothing is left there unless all goes well."""
+    settings, clock = settings or Settings(), Clock(console)
+    pipeline = Pipeline.parse(settings.passes)
+    artifact.check_free(out, settings.force)
+    text, calib = evaluation_text(source, settings), _hash_of(settings.calib)
+    with clock.step("lower"):
+        lowered = lower(source)
+        origin = State(lowered.module, Store(lowered.store))
+        start = _edited(origin, settings.ir)
+    text = text or _random_text(origin.module, settings)
+    with staged(out, settings.force) as work:
+        with clock.step("passes"), _scratch(work) as spool:
+            final, passes = run_passes(start, pipeline, text, spool, _watcher(settings))
+            with clock.step("weights", nbytes(final.module)) as advance:
+                final = _written(final, work / WEIGHTS, advance)
+        with clock.step("emit"):
+            program = emit(final.module, version=effc_version(), pipeline=str(pipeline))
+            files = write_texts(work, final.module, program, source.tokenizer)
+        with clock.step("evaluate", text.scored) as advance:
+            quality = _qualities(origin, final, text, advance)
+        with clock.step("tokens/s"), _scratch(work) as spool:
+            speeds = _speeds(origin, final, work, spool) if settings.speed else (None, None)
+        exactness = _exactness(pipeline, origin, start)
+        report = Report(
+            name=lowered.module.name,
+            pipeline=str(pipeline),
+            exactness=str(exactness),
+            meaning=exactness.meaning(),
+            before=_side(origin.module, quality[0], speeds[0]),
+            after=_side(final.module, quality[1], speeds[1]),
+            passes=passes,
+            text=_described(text),
+            notes=_notes(pipeline, settings, source, lowered.notes),
+            seconds=dict(clock.seconds),
+            peak_bytes=peak_bytes(),
+        )
+        artifact.write_report(work, report.json(), report.html())
+        write_manifest(work, _manifest(source, settings, report, text, calib, files, final))
+    return report
+
+
+def plan(source: Source, settings: Settings | None = None) -> Plan:
+    """What `optimize` would do; reads no weights and writes nothing but dumps that are asked for."""
+    settings = settings or Settings()
+    pipeline = Pipeline.parse(settings.passes)
+    lowered = lower(source)
+    origin = State(lowered.module, Store(lowered.store))
+    start = _edited(origin, settings.ir)
+    steps = runner.run(start.module, pipeline.ordered(), _watcher(settings))
+    after = steps[-1].after if steps else start.module
+    exactness, notes = _exactness(pipeline, origin, start), _notes(pipeline, settings, source, lowered.notes)
+    name = origin.module.name
+    return Plan(name, str(pipeline), str(exactness), side(origin.module), side(after), steps, notes)
+
+
+def transform(
+    module: Module, passes: str, *, dump: Path | None = None, print_ir: bool = False
+) -> tuple[Module, list[Step]]:
+    """Passes on structure alone."""
+    runner.check_module("input", module)
+    watch = _watcher(Settings(dump=dump, print_ir=print_ir))
+    steps = runner.run(module, Pipeline.parse(passes).ordered(), watch)
+    return (steps[-1].after if steps else module), steps
+
+
+# ---- passes
+
+
+def run_passes(
+    start: State, pipeline: Pipeline, text: Windows, spool: Path, watch: Watch
+) -> tuple[State, list[PassReport]]:
+    """Every pass on structure and arrays, each held to its exactness on real tokens."""
+    state, reports = start, list[PassReport]()
+    watch("input", state.module)
+    probe = _Probe(text)
+    probe.see("input", state)
+    for made_by in pipeline.ordered():
+        step = runner.step(made_by, state.module)
+        watch(made_by.name, step.after)
+        state = _with_arrays(step, state, spool / made_by.name)
+        reports.append(_reported(step, probe.hold(made_by, step, state)))
+    return state, reports
+
+
+def _with_arrays(step: Step, state: State, spool: Path) -> State:
+    """The state after; arrays that cost work are made once and kept on disk."""
+    store = step.made_by.weights(step.before, step.after, state.store)
+    after = State(step.after, store)
+    if step.after == step.before or step.made_by.exactness < Exactness.LOSSY:
+        return after
+    spool.mkdir(parents=True)
+    return _written(after, spool / WEIGHTS)
+
+
+class _Probe:
+    """Logits of a few tokens, seen again after every pass."""
+
+    def __init__(self, text: Windows):
+        self.tokens = text.chunks[0][:, :PROBE_TOKENS]
+
+    def see(self, where: str, state: State) -> None:
+        """Logits that the next pass is held against; EffcError where they are not finite."""
+        self.logits = evaluate.logits(state.side, self.tokens)
+        evaluate.check_finite(self.logits, where)
+
+    def hold(self, made_by: Pass, step: Step, state: State) -> float | None:
+        """How far the pass moved the logits, as a share of their range; PassError where it must not."""
+        if step.after == step.before:
+            return None
+        before = self.logits
+        self.see(made_by.name, state)
+        gap = evaluate.gap(before, self.logits)
+        if gap > TOLERANCE and made_by.exactness <= Exactness.DISTRIBUTION_EXACT:
+            raise PassError(
+                f"{made_by.name}: is {made_by.exactness}, but moved logits by {gap:.2g} of their range, "
+                f"want {TOLERANCE:g} at most: a bug in the pass"
+            )
+        return gap
+
+
+def _reported(step: Step, gap: float | None) -> PassReport:
+    made_by, notes = step.made_by, step.notes
+    return PassReport(str(made_by), str(made_by.exactness), step.seconds, notes.choices, notes.skips, gap)
+
+
+def _watcher(settings: Settings) -> Watch:
+    watches = [runner.dumper(settings.dump)] if settings.dump else []
+    return runner.both(*watches, *([runner.printer(sys.stderr.write)] if settings.print_ir else []))
+
+
+def _exactness(pipeline: Pipeline, origin: State, start: State) -> Exactness:
+    """That of the pipeline; a module edited by hand promises nothing."""
+    return pipeline.exactness() if start.module == origin.module else Exactness.LOSSY
+
+
+# ---- a module edited by hand
+
+
+def _edited(origin: State, file: Path | None) -> State:
+    """The module of `file` with the arrays of `origin`, coded where its types say so."""
+    if file is None:
+        return origin
+    module = artifact.read_module(file)
+    runner.check_module(str(file), module)
+    for name in module.params:
+        _check_param(file, origin.module, module, name)
+    made = coded(origin.module, module, origin.store, "mse")
+    return State(module, origin.store.replace(made, module))
+
+
+def _check_param(file: Path, origin: Module, module: Module, name: str) -> None:
+    """A parameter of the file must be one of the checkpoint, perhaps coded."""
+    if name not in origin.params:
+        near = nearest(name, origin.params)
+        raise EffcError(
+            f"{file}: @{name} is no parameter of the checkpoint's own IR{near} (edit a dump from before fuse)"
+        )
+    was, now = origin.params[name], module.params[name]
+    same = (was.type.shape, was.stack, was.path, was.over, was.perm)
+    if same != (now.type.shape, now.stack, now.path, now.over, now.perm):
+        raise EffcError(
+            f"{file}: @{name} is {now.stack} * {now.type} of '{now.path}', "
+            f"want {was.stack} * {was.type} of '{was.path}' as in the checkpoint"
+        )
+    if was.type != now.type and not isinstance(now.type.dtype, Quant):
+        raise EffcError(
+            f"{file}: @{name} is {now.type.dtype}, want {was.type.dtype} as in the checkpoint, or q2 to q8"
+        )
+
+
+# ---- arrays on disk
+
+
+def _written(state: State, file: Path, advance: Any = None) -> State:
+    """The same module, its arrays in a file."""
+    write_safetensors(file, state.module, state.store, progress=advance)
+    return State(state.module, open_safetensors(file, state.module))
+
+
+class _scratch:
+    """A folder inside the artifact being made, gone before its files are listed."""
+
+    def __init__(self, work: Path):
+        self.work = work
+
+    def __enter__(self) -> Path:
+        self.path = Path(tempfile.mkdtemp(prefix=".scratch-", dir=self.work))
+        return self.path
+
+    def __exit__(self, *failure: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+# ---- numbers
+
+
+def evaluation_text(source: Source, settings: Settings) -> Windows | None:
+    """The text to evaluate on as tokens; None where the model has no tokenizer to make them."""
+    if source.tokenizer is None:
+        if settings.eval_text:
+            raise EffcError(
+                f"{source.name}: no tokenizer, so {settings.eval_text} cannot be evaluated; "
+                "want tokenizer.json beside the weights"
+            )
+        return None
+    text, name = evaluate.read_text(settings.eval_text)
+    window = min(settings.window, source.context or settings.window)
+    tokenizer = Tokenizer(source.tokenizer, source.name)
+    return evaluate.windows(tokenizer, text, window=window, tokens=settings.eval_tokens, source=name)
+
+
+def _random_text(module: Module, settings: Settings) -> Windows:
+    context = module.meta.get("context", settings.window)
+    window = min(settings.window, context) if isinstance(context, int) else settings.window
+    vocab = evaluate.vocab_of(module)
+    return evaluate.random_windows(vocab, window=window, tokens=settings.eval_tokens, seed=settings.seed)
+
+
+def _qualities(origin: State, final: State, text: Windows, advance: Any) -> tuple[Quality, Quality]:
+    """Of both; measured once where nothing changed."""
+    return evaluate.compare(origin.side, final.side, text, advance)
+
+
+def _speeds(origin: State, final: State, work: Path, spool: Path) -> tuple[Speed, Speed]:
+    """Of both, one process after the other; measured once where nothing changed."""
+    after = speed.measure(work)
+    if origin.module == final.module:
+        return after, after
+    artifact.write_module(spool, origin.module)
+    write_safetensors(spool / WEIGHTS, origin.module, origin.store)
+    return speed.measure(spool), after
+
+
+def _side(module: Module, quality: Quality, speed: Speed | None) -> Side:
+    sizes = side(module)
+    return Side(sizes.parameters, sizes.nbytes, sizes.token_bytes, quality, speed)
+
+
+def _described(text: Windows) -> str:
+    count, length = len(text.chunks), text.chunks[0].shape[1]
+    return f"{text.source}: {text.scored} tokens in {count} window{'s' * (count > 1)} of {length}"
+
+
+def _notes(pipeline: Pipeline, settings: Settings, source: Source, lowering: Sequence[object]) -> list[str]:
+    """What a reader should know that no number says."""
+    notes = [pipeline.order_note()] if pipeline.order_note() else []
+    if source.tokenizer is None:
+        notes.append("the model has no tokenizer: only the comparison with the input model means something")
+    if settings.calib:
+        notes.append(f"{settings.calib.name} is not used: no pass of this pipeline calibrates")
+    if settings.ir:
+        notes.append(f"the IR is that of {settings.ir.name}, edited by hand")
+    return [*notes, *map(str, lowering)]
+
+
+def _hash_of(file: Path | None) -> str:
+    """sha256 of a text that may have been given."""
+    return hashlib.sha256(evaluate.read_text(file)[0].encode()).hexdigest() if file else ""
+
+
+def _manifest(
+    source: Source,
+    settings: Settings,
+    report: Report,
+    text: Windows,
+    calib: str,
+    files: list[str],
+    final: State,
+) -> Mapping[str, Any]:
+    """What the artifact is and how it was made."""
+    return {
+        "name": report.name,
+        "source": {"name": source.name, **source.meta},
+        "pipeline": report.pipeline,
+        "seed": settings.seed,
+        "exactness": report.exactness,
+        "evaluated_on": {"text": text.source, "sha256": text.sha256, "tokens": text.scored},
+        "calibrated_on": calib or None,
+        "metrics": {"before": report.before.json(), "after": report.after.json()},
+        "tokenizer": files,
+        "probe": evaluate.fingerprint(final.side, text.chunks[0][:, :PROBE_TOKENS]),
+    }
