@@ -118,7 +118,8 @@ def vocab_of(forward: Forward, spec: PyTree, where: str) -> int:
 
 def _switched_off(module: linen.Module) -> linen.Module:
     names = {f.name for f in fields(module)} & FLAGS.keys()
-    return module.clone(**{name: FLAGS[name] for name in names}) if names else module
+    changes: dict[str, Any] = {name: FLAGS[name] for name in names}
+    return module.clone(**changes) if names else module
 
 
 def _arguments(call: Callable[..., Any], where: str) -> Callable[[jax.Array], dict[str, Any]]:
@@ -174,11 +175,11 @@ def _keys() -> dict[str, jax.Array]:
     return {"params": jax.random.key(0), "dropout": jax.random.key(0)}
 
 
-def _computed(build: Callable[[], nnx.Module]) -> nnx.State:
+def _computed(build: Callable[[], nnx.Module]) -> Any:
     """The state neither parameter nor random, computed alone: XLA drops the parameters' initialisation."""
 
     @jax.jit
-    def others() -> nnx.State:
+    def others() -> Any:
         return nnx.split(build(), nnx.Param, nnx.RngState, ...)[3]
 
     return others()

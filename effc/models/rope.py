@@ -18,7 +18,7 @@ class Rope:
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B,T,H,D] rotated by its position on axis 1; computed in float32."""
         positions = jnp.arange(x.shape[1], dtype=jnp.float32)
-        angles = jnp.outer(positions, np.array(self.inv_freq, np.float32))  # [T,D/2]
+        angles = jnp.outer(positions, jnp.array(self.inv_freq, jnp.float32))  # [T,D/2]
         cos = (jnp.cos(angles) * self.scale)[None, :, None, :]
         sin = (jnp.sin(angles) * self.scale)[None, :, None, :]
         lo, hi = jnp.split(x.astype(jnp.float32), 2, axis=-1)

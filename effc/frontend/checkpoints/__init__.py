@@ -20,7 +20,7 @@ __all__ = ["open_checkpoint", "save_checkpoint"]
 F32 = np.dtype(np.float32)
 
 WANTED = (
-    "effc.json (an effc checkpoint), config.json with model.safetensors or flax_model.msgpack (Hugging Face), "
+    "effc.json (an effc checkpoint), config.json and model.safetensors or flax_model.msgpack (Hugging Face), "
     "a .gguf file, or Orbax, .msgpack or .safetensors weights with --module FILE.py:FUNCTION"
 )
 

@@ -27,7 +27,8 @@ class OrbaxTensors:
         self.folder = folder.resolve()
         self.reader = ocp.PyTreeCheckpointer()
         try:
-            self.tree = self.reader.metadata(self.folder).item_metadata.tree
+            found: Any = self.reader.metadata(self.folder)
+            self.tree = found.item_metadata.tree
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise EffcError(f"{folder}: not a readable Orbax checkpoint: {_first_line(error)}") from None
         self.leaves = {"/".join(map(str, keys)): (keys, leaf) for keys, leaf in _leaves(self.tree)}

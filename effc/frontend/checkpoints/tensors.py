@@ -19,8 +19,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Tensors(Protocol):
     """Named arrays on disk; `kind` is the stored type's name, `kinds` those that read() turns into floats."""
 
-    where: str
-    kinds: Collection[str]
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def kinds(self) -> Collection[str]: ...
 
     def names(self) -> Iterable[str]: ...
 
