@@ -142,6 +142,7 @@ def _attention(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tu
 def _repeat(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
     carry = op.attrs.get("carry", 1)
     assert isinstance(carry, int)
+    _want(0 < carry <= len(inputs), f"carry={carry}, want 1 to {len(inputs)}, the number of operands")
     return tuple(inputs[:carry])
 
 

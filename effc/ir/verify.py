@@ -225,9 +225,6 @@ def _repeat(module: Module, op: Op, inputs: list[Type]) -> Iterator[str]:
         yield f"{target} is a func, want a block"
     if times < 1:
         yield f"times={times}, want 1 or more"
-    if not 0 < carry <= len(inputs):
-        yield f"carry={carry}, want 1 to {len(inputs)}, the number of operands"
-        return
     yield from _signature(block, inputs, carry)
     for name in dict.fromkeys(name for inner in walk(block) for name in inner.params.values()):
         param = module.params.get(name)
