@@ -37,7 +37,8 @@ def dtype_name(dtype: Any) -> str:
 
 def number(value: Any) -> bool | int | float:
     """A literal as a Python number."""
-    item = np.asarray(value).item()
+    array = np.asarray(value)
+    item = float(str(array[()])) if array.dtype == np.float32 else array.item()
     return NAN if isinstance(item, float) and item != item else item
 
 

@@ -77,7 +77,9 @@ class Graph:
         found = self.ops.get(self.find(name))
         if found is None or all(i not in self._alias for i in found.inputs):
             return found
-        return replace(found, inputs=tuple(map(self.find, found.inputs)))
+        found = replace(found, inputs=tuple(map(self.find, found.inputs)))
+        self.ops.update((value.name, found) for value in found.outputs)
+        return found
 
     def kind(self, name: str) -> str:
         """Kind of the op that defines a value; empty for an input."""

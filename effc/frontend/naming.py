@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
-from effc.ir.core import Func, Module, Op
+from effc.ir.core import Func, Module, Op, Ref
 
 SHORT = {
     "attention": "attn", "lax.reshape": "r", "lax.transpose": "tr", "lax.add": "sum", "lax.mul": "prod", "repeat": "x",
@@ -16,13 +17,22 @@ _DULL = {"kernel", "embedding", "scale", "weight", "w", "bias", "table", "value"
 
 def rename_values(module: Module) -> Module:
     """The module with every value named for a reader."""
-    for func in module.funcs.values():
-        module = module.with_func(_renamed(func))
+    asked: dict[str, list[str]] = {}
+    for func in reversed(module.funcs.values()):  # callers before the blocks they run
+        named = _renamed(func, asked.get(func.name, []))
+        module = module.with_func(named)
+        for op in named.ops:
+            block = op.attrs.get("block")
+            if isinstance(block, Ref):
+                carry = op.attrs.get("carry", 1)
+                asked[block.name] = [*([""] * carry if isinstance(carry, int) else []), *op.inputs[len(op.outputs) :]]
     return module
 
 
-def _renamed(func: Func) -> Func:
-    names = {value.name: value.name for value in func.inputs if not re.fullmatch(r"v\d+(\.\d+)?", value.name)}
+def _renamed(func: Func, asked: Sequence[str]) -> Func:
+    """Inputs take the names they have where the block is run."""
+    names = {v.name: hint for v, hint in zip(func.inputs, asked, strict=False) if hint}
+    names |= {v.name: v.name for v in func.inputs if v.name not in names and not re.fullmatch(r"v\d+(\.\d+)?", v.name)}
     taken = set(names.values())
     for value in func.inputs:
         if value.name not in names:

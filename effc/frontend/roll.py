@@ -44,6 +44,8 @@ def roll(module: Module, name: str = "forward") -> Module:
     return module
 
 
+
+
 # -- order ----------------------------------------------------------------------------------------------
 LEAVES = frozenset({"const", "param"})
 

@@ -199,18 +199,31 @@ def run(module: Module, store: Mapping[str, Reads], tokens: Array) -> Array:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Chunks of tokens i32[b,t]: each by itself, or, where `capacity` says how many tokens a cache holds,
+    each following the one before in the same sequences, the first after `lengths` i32[b] (default 0)."""
+
+    chunks: Sequence[Array]
+    capacity: int = 0
+    lengths: Array | None = None
+
+
+@dataclass(frozen=True)
 class Piece:
     """Logits of some tokens of a chunk: logits[b,n,V] are of its tokens start..start+n-1."""
 
     chunk: int
     start: int
     logits: Array
+    group: int = 0
 
 
 @dataclass
 class _State:
     """One chunk on its way through the program."""
 
+    group: int
+    chunk: int
     context: Context
     values: dict[str, Array] = field(default_factory=dict[str, Array])
 
@@ -219,14 +232,19 @@ def run_chunks(
     module: Module, store: Mapping[str, Reads], chunks: Sequence[Array], *, rows: int = 128,
     lengths: Array | None = None, capacity: int = 0,
 ) -> Iterator[Piece]:  # fmt: skip
-    """Logits of every chunk of tokens [b,t], `rows` tokens at a time, in order.
+    """Logits of one group of chunks, `rows` tokens at a time, in order."""
+    return run_groups(module, store, [Group(chunks, capacity, lengths)], rows=rows)
 
-    Chunks are independent, unless `capacity` says how many tokens a cache holds: then each follows
-    the one before it in the same sequences, from `lengths` i32[b] (default 0). Peak memory is one
-    layer's weights, the chunks' activations and one slice of logits.
+
+def run_groups(
+    module: Module, store: Mapping[str, Reads], groups: Sequence[Group], *, rows: int = 128
+) -> Iterator[Piece]:
+    """Logits of every chunk of every group in order; all weights are read once.
+
+    Peak memory is one layer's weights, the chunks' activations and one slice of logits.
     """
     func = module.forward()
-    states = _states(func, chunks, lengths, capacity)
+    states = [state for at, group in enumerate(groups) for state in _states(func, at, group)]
     cut = _tail(func)
     last = _last_use(func)
     for at, op in enumerate(func.ops[:cut]):
@@ -237,18 +255,16 @@ def run_chunks(
     yield from _finish(func, cut, store, states, rows)
 
 
-def _states(func: Func, chunks: Sequence[Array], lengths: Array | None, capacity: int) -> list[_State]:
-    cache: dict[str, tuple[Array, ...]] | None = {} if capacity else None
-    done = jnp.zeros(chunks[0].shape[0], jnp.int32) if lengths is None else lengths
-    states = list[_State]()
-    for tokens in chunks:
+def _states(func: Func, index: int, group: Group) -> Iterator[_State]:
+    cache: dict[str, tuple[Array, ...]] | None = {} if group.capacity else None
+    done = jnp.zeros(group.chunks[0].shape[0], jnp.int32) if group.lengths is None else group.lengths
+    for chunk, tokens in enumerate(group.chunks):
         b, t = tokens.shape
-        start = done if capacity else jnp.zeros(b, jnp.int32)
+        start = done if group.capacity else jnp.zeros(b, jnp.int32)
         positions = start[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
-        context = Context({"b": b, "t": t}, positions, cache, capacity)
-        states.append(_State(context, {func.inputs[0].name: jnp.asarray(tokens, jnp.int32)}))
+        context = Context({"b": b, "t": t}, positions, cache, group.capacity)
+        yield _State(index, chunk, context, {func.inputs[0].name: jnp.asarray(tokens, jnp.int32)})
         done = done + t
-    return states
 
 
 def _tail(func: Func) -> int:
@@ -343,14 +359,14 @@ def _finish(
     weights = {name: weight(store[name], 0) for op in tail for name in op.params.values()}
     wanted = {name for op in tail for name in op.inputs} | set(func.results)
     compiled = jax.jit(_tail_call(tail, func.results), static_argnums=0)
-    for chunk, state in enumerate(states):
+    for state in states:
         values = {name: x for name, x in state.values.items() if name in wanted}
         count = state.context.sizes["t"]
         step = rows if all(_by_token(op) for op in tail) else count
         for start in range(0, count, step):
             piece = {name: _rows_of(x, start, step, count) for name, x in values.items()}
             sizes = (("b", state.context.sizes["b"]), ("t", min(step, count - start)))
-            yield Piece(chunk, start, compiled(sizes, piece, weights))
+            yield Piece(state.chunk, start, compiled(sizes, piece, weights), state.group)
 
 
 def _by_token(op: Op) -> bool:

@@ -1,4 +1,4 @@
-"""GGUF files through the gguf library: metadata as a Hugging Face config, tensors dequantized one by one."""
+"""GGUF files: metadata as a Hugging Face config, tensors dequantized one by one by the gguf library."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import ml_dtypes
 import numpy as np
 
 from effc.errors import EffcError
 from effc.frontend import adapt
 from effc.frontend.checkpoints.families import FAMILIES, Config, family_of, refs_of
+from effc.frontend.checkpoints.gguf_header import Place, read_header
 from effc.frontend.checkpoints.gguf_tokenizer import tokenizer_files
 from effc.frontend.checkpoints.hf import kinds_of
 from effc.frontend.checkpoints.tensors import Ref, match
@@ -67,49 +69,45 @@ NAMES = {
     "head": "output",
 }
 
+PLAIN = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 PERMUTED = ("llama", "smollm3")  # architectures whose converter interleaves the two rope halves of q and k
 
 
 class GgufTensors:
-    """The tensors of one GGUF file; shapes as numpy has them, rows first."""
+    """The tensors of one GGUF file."""
 
     kinds = tuple(kind.name for kind in gguf.GGMLQuantizationType)
 
-    def __init__(self, file: Path, tensors: Iterable[Any]):
+    def __init__(self, file: Path, places: Mapping[str, Place]):
         self.where = str(file)
-        self.tensors = {t.name: t for t in tensors}
+        self.places = places
 
     def names(self) -> Iterable[str]:
-        return self.tensors
+        return self.places
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(n) for n in reversed(self.tensors[name].shape))
+        return self.places[name].shape
 
     def kind(self, name: str) -> str:
-        return self.tensors[name].tensor_type.name
+        return self.places[name].kind.name
 
     def read(self, name: str) -> np.ndarray:
-        t = self.tensors[name]
-        # A fresh read, not the library's memory map, whose touched pages would stay resident.
-        raw = np.fromfile(self.where, t.data.dtype, t.data.size, offset=int(t.data_offset)).reshape(
-            t.data.shape
-        )
+        """float32 (or the stored float type)."""
+        place = self.places[name]
+        raw = np.fromfile(self.where, np.uint8, place.size, offset=place.offset)
+        if place.kind.name in PLAIN:
+            return raw.view(PLAIN[place.kind.name]).reshape(place.shape)
         try:
-            return gguf.dequantize(raw, t.tensor_type)
+            return gguf.dequantize(raw.reshape(*place.shape[:-1], -1), place.kind)
         except NotImplementedError:
             raise EffcError(
-                f"{self.where}: tensor '{name}' is {t.tensor_type.name}, which the gguf library cannot decode"
+                f"{self.where}: tensor '{name}' is {place.kind.name}, which the gguf library cannot decode"
             ) from None
 
 
 def open_gguf(file: Path, dtype: np.dtype) -> Source:
-    reader = read_file(file)
-    tensors = GgufTensors(file, reader.tensors)
-    fields = {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if not name.startswith("tokenizer.ggml.")
-    }
+    header = read_header(file)
+    fields, tensors = header.fields, GgufTensors(file, header.tensors)
     arch = family_of(str(fields.get("general.architecture")), str(file), tuple(ARCHITECTURES))
     family = FAMILIES[ARCHITECTURES[arch]]
     config = Config(config_of(fields, arch, tensors), str(file), dtype)
@@ -119,13 +117,12 @@ def open_gguf(file: Path, dtype: np.dtype) -> Source:
     refs = {
         path: fixed(path, ref, arch, config) for path, ref in refs_of(specs, NAMES, transposed=True).items()
     }
-    weights = match(tensors, refs, specs, r"^rope_freqs\.weight$")
     return Source(
         name=file.stem,
         forward=forward,
         spec=spec,
-        weights=weights,
-        tokenizer=tokenizer_files(reader, str(file)),
+        weights=match(tensors, refs, specs, r"^rope_freqs\.weight$"),
+        tokenizer=tokenizer_files(fields, str(file)),
         context=fields.get(f"{arch}.context_length"),
         meta={
             "format": "gguf",
@@ -136,17 +133,6 @@ def open_gguf(file: Path, dtype: np.dtype) -> Source:
             "vocab": module.config.vocab,
         },
     )
-
-
-def read_file(file: Path) -> gguf.GGUFReader:
-    """The library's reader; whatever it trips over in a damaged file becomes one error."""
-    size = file.stat().st_size
-    try:
-        return gguf.GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise EffcError(
-            f"{file}: truncated or not GGUF ({size} bytes): {error}; fetch the file again"
-        ) from None
 
 
 def config_of(fields: Mapping[str, Any], arch: str, tensors: GgufTensors) -> dict[str, Any]:

@@ -50,25 +50,19 @@ SPLITTINGS: Mapping[str, Splitting] = {
 """llama.cpp's names for pre-tokenizers (src/llama-vocab.cpp)."""
 
 CONTROL, USER_DEFINED = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
+PREFIX = "tokenizer.ggml."
 SPACE = "\u2581"  # how SentencePiece writes a space
 
 
-def tokenizer_files(reader: gguf.GGUFReader, where: str) -> TokenizerFiles | None:
+def tokenizer_files(fields: Mapping[str, Any], where: str) -> TokenizerFiles | None:
     """None when the file has no tokenizer; an error when it has one of a kind that is not known."""
-    fields = {
-        n.removeprefix("tokenizer.ggml."): f
-        for n, f in reader.fields.items()
-        if n.startswith("tokenizer.ggml.")
-    }
-    kind = fields["model"].contents() if "model" in fields else "none"
+    data = {n.removeprefix(PREFIX): value for n, value in fields.items() if n.startswith(PREFIX)}
+    kind = data.get("model", "none")
     if kind == "none":
         return None
-    arch = reader.fields["general.architecture"].contents()
-    data = {name: field.contents() for name, field in fields.items()}
     if kind == "gpt2":
-        tokenizer, bos = byte_level(
-            data, splitting(data.get("pre") or ("gpt-2" if arch == "gpt2" else "default"), where)
-        )
+        by_default = "gpt-2" if fields["general.architecture"] == "gpt2" else "default"
+        tokenizer, bos = byte_level(data, splitting(data.get("pre") or by_default, where))
     elif kind == "llama":
         tokenizer, bos = sentence_piece(data), True
     else:
@@ -78,10 +72,7 @@ def tokenizer_files(reader: gguf.GGUFReader, where: str) -> TokenizerFiles | Non
         )
     add_specials(tokenizer, data)
     frame(tokenizer, data, bos)
-    template = reader.fields.get("tokenizer.chat_template")
-    return TokenizerFiles(
-        tokenizer.to_str().encode(), extras(data, template.contents() if template else None)
-    )
+    return TokenizerFiles(tokenizer.to_str().encode(), extras(data, fields.get("tokenizer.chat_template")))
 
 
 def splitting(pre: str, where: str) -> Splitting:

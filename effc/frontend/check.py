@@ -1,0 +1,211 @@
+"""Hold a lowered module against the model it came from: same logits, decoded in any chunks, nothing from the future."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from effc.errors import EffcError
+from effc.frontend.lowering import Lowered
+from effc.frontend.source import Source, Weights
+from effc.frontend.trace import Traced
+from effc.ir.core import Module, walk
+from effc.ir.interpret import Group, Reads, run_groups
+
+TOLERANCE = 1e-4
+"""Largest difference of logits, as a part of their range, in f32."""
+
+
+def check(lowered: Lowered, source: Source, tokens: np.ndarray | None = None, *, seed: int = 0) -> list[str]:
+    """Raise EffcError where the module is not the model; returns what was compared, a line each.
+
+    tokens: a line of real token ids to draw prompts from; random ids are always tried too. The model's
+    own program and the module each read all weights once.
+    """
+    module, traced = lowered.module, lowered.traced
+    assert traced is not None
+    prompts = _all_prompts(module, traced, tokens, np.random.default_rng(seed))
+    programs = [_program(traced, source, ids) for ids in prompts]
+    wanted = original_logits(programs, traced.paths, source.weights, prompts)
+    decoded = _Decoding(module, prompts[-1])
+    made = _logits(module, lowered.store, [*(Group([ids]) for ids in prompts), *decoded.groups()])
+    lines = [_same(module, *trio) for trio in zip(prompts, made, wanted, strict=False)]
+    return [*lines, decoded.compared(made[len(prompts) - 1], made[len(prompts) :])]
+
+
+def _all_prompts(module: Module, traced: Traced, tokens: np.ndarray | None, rng: np.random.Generator) -> list[Array]:
+    """Prompts of the traced sizes, then two longer than any window."""
+    vocab, context = int(module.meta["vocab"]), int(module.meta["context"])
+    long = min(context, max(24, _window(module) + 9))
+    shapes = [*((b, t) for b, t in traced.points if t <= context), (2, long)]
+    return [_prompts(rng, tokens, vocab, b, t) for b, t in shapes]
+
+
+def _program(traced: Traced, source: Source, tokens: Array) -> Any:
+    """The model traced at the size of `tokens`."""
+    for closed, point in zip((traced.first, traced.second), traced.points, strict=True):
+        if point == tokens.shape:
+            return closed
+    return jax.make_jaxpr(source.forward)(source.spec, jax.ShapeDtypeStruct(tokens.shape, jnp.int32))
+
+
+def _prompts(rng: np.random.Generator, tokens: np.ndarray | None, vocab: int, b: int, t: int) -> Array:
+    """b rows of t ids: real text in the first row where there is some, random ids in the others."""
+    ids = rng.integers(0, vocab, (b, t), dtype=np.int32)
+    if tokens is not None and len(tokens) >= t:
+        ids[0] = tokens[:t]
+    return jnp.asarray(ids)
+
+
+def _window(module: Module) -> int:
+    """The longest attention window; lengths beyond it behave differently."""
+    windows = [op.attrs.get("window", 0) for func in module.funcs.values() for op in walk(func)]
+    small = [w for w in windows if isinstance(w, int) and 0 < w <= 1024]
+    return max(small, default=0)
+
+
+def _same(module: Module, tokens: Array, made: np.ndarray, wanted: np.ndarray) -> str:
+    worst = compare(made, wanted, f"lowering {module.name}", _tolerance(module))
+    return f"logits {list(tokens.shape)}: differ by {worst:.1e} of their range"
+
+
+def _tolerance(module: Module) -> float:
+    """1e-4 in f32; what half-precision arithmetic can promise otherwise."""
+    dtypes = {str(op.outputs[0].type.dtype) for func in module.funcs.values() for op in func.ops if op.kind == "linear"}
+    return TOLERANCE if dtypes <= {"f32"} else 3e-2
+
+
+def compare(made: np.ndarray, wanted: np.ndarray, where: str, tolerance: float) -> float:
+    """The largest difference as a part of the range; EffcError beyond the tolerance, or where not finite."""
+    if not np.isfinite(wanted).all():
+        raise EffcError(f"{where}: the model's own logits are not finite, want trained weights")
+    span = float(np.max(np.abs(wanted))) or 1.0
+    differ = np.abs(made.astype(np.float64) - wanted) / span
+    worst = float(np.max(differ)) if np.isfinite(made).all() else float("inf")
+    if worst > tolerance:
+        row, place = np.unravel_index(int(np.argmax(np.nan_to_num(differ, nan=np.inf).max(-1))), differ.shape[:2])
+        raise EffcError(
+            f"{where}: logits differ by {worst:.1e} of their range at sequence {row}, position {place}, "
+            f"want at most {tolerance:.0e}; this is a fault of effc, please report it with the model's code"
+        )
+    return worst
+
+
+def _logits(module: Module, store: Mapping[str, Reads], groups: Sequence[Group]) -> list[np.ndarray]:
+    """Logits [b,t,V] of each group, its chunks joined."""
+    rows = max(chunk.shape[1] for group in groups for chunk in group.chunks)
+    found: list[list[np.ndarray]] = [[] for _ in groups]
+    for piece in run_groups(module, store, groups, rows=rows):
+        found[piece.group].append(np.asarray(piece.logits, np.float32))
+    return [np.concatenate(parts, axis=1) for parts in found]
+
+
+def check_decoding(module: Module, store: Mapping[str, Reads], tokens: Array) -> str:
+    """Decoding in several chunkings equals the full forward, and later tokens never move earlier logits."""
+    decoded = _Decoding(module, tokens)
+    whole, *rest = _logits(module, store, [Group([tokens]), *decoded.groups()])
+    return decoded.compared(whole, rest)
+
+
+class _Decoding:
+    """What decoding `tokens` must agree on: with the later half changed, one by one, and in chunks."""
+
+    def __init__(self, module: Module, tokens: Array) -> None:
+        self.module, self.tokens = module, tokens
+        self.count = tokens.shape[1]
+        self.half = self.count // 2
+
+    def groups(self) -> list[Group]:
+        """Runs to compare with the full forward."""
+        later = (self.tokens[:, self.half :] + 1) % int(self.module.meta["vocab"])
+        changed = self.tokens.at[:, self.half :].set(later)
+        steps, chunks = [1] * min(6, self.count), [self.half, 1, 1, self.count - self.half - 2]
+        cached = [Group(_cut(self.tokens, sizes), self.count + 3) for sizes in (steps, chunks)]
+        return [Group([changed]), *cached]
+
+    def compared(self, whole: np.ndarray, made: Sequence[np.ndarray]) -> str:
+        """A line on how far the runs are from the full forward; EffcError where too far."""
+        where, tolerance = f"decoding {self.module.name}", _tolerance(self.module)
+        moved, *cached = made
+        span = float(np.max(np.abs(whole)))
+        if not np.allclose(moved[:, : self.half], whole[:, : self.half], atol=tolerance * span):
+            raise EffcError(f"{where}: not causal: changing token {self.half} moved earlier logits, want a causal model")
+        worst = max(compare(x, whole[:, : x.shape[1]], where, tolerance) for x in cached)
+        return f"decoding {list(self.tokens.shape)} in chunks: differs by {worst:.1e} of the range"
+
+
+def _cut(tokens: Array, sizes: Sequence[int]) -> list[Array]:
+    out: list[Array] = []
+    start = 0
+    for size in sizes:
+        if size > 0:
+            out.append(tokens[:, start : start + size])
+            start += size
+    return out
+
+
+# -- the original ---------------------------------------------------------------------------------------
+def original_logits(
+    programs: Sequence[Any], paths: Sequence[str], weights: Weights, prompts: Sequence[Array]
+) -> list[np.ndarray]:
+    """Logits of the traced programs themselves, op by op side by side: each weight is read once and dropped."""
+    runs = [_Run(closed, tokens) for closed, tokens in zip(programs, prompts, strict=True)]
+    if len({len(run.equations) for run in runs}) > 1:
+        return [original_logits([c], paths, weights, [t])[0] for c, t in zip(programs, prompts, strict=True)]
+    for at in range(len(runs[0].equations)):
+        names = {path for run in runs for path in run.weights_of(at, paths)}
+        arrays = {path: jnp.asarray(weights.read(path)) for path in names}
+        for run in runs:
+            run.step(at, paths, arrays)
+    return [run.result() for run in runs]
+
+
+class _Run:
+    """One traced program on its way through its equations."""
+
+    def __init__(self, closed: Any, tokens: Array) -> None:
+        self.jaxpr = closed.jaxpr
+        self.equations = closed.jaxpr.eqns
+        self.params = {var: at for at, var in enumerate(self.jaxpr.invars[:-1])}
+        self.values = dict(zip(self.jaxpr.constvars, closed.consts, strict=True)) | {self.jaxpr.invars[-1]: tokens}
+        self.last = {v: at for at, e in enumerate(self.equations) for v in e.invars if not _literal(v)}
+
+    def weights_of(self, at: int, paths: Sequence[str]) -> list[str]:
+        """Paths of the parameters that an equation reads."""
+        return [paths[self.params[v]] for v in self.equations[at].invars if not _literal(v) and v in self.params]
+
+    def step(self, at: int, paths: Sequence[str], arrays: Mapping[str, Array]) -> None:
+        """Run one equation and drop what no later one reads."""
+        equation = self.equations[at]
+        operands = [self._value(v, paths, arrays) for v in equation.invars]
+        out = _bind(equation, operands)
+        made = out if equation.primitive.multiple_results else [out]
+        self.values.update(zip(equation.outvars, made, strict=True))
+        for v in (*equation.invars, *equation.outvars):
+            if not _literal(v) and self.last.get(v, -1) <= at and v not in self.jaxpr.outvars:
+                self.values.pop(v, None)
+
+    def _value(self, v: Any, paths: Sequence[str], arrays: Mapping[str, Array]) -> Any:
+        if _literal(v):
+            return v.val
+        return arrays[paths[self.params[v]]].astype(v.aval.dtype) if v in self.params else self.values[v]
+
+    def result(self) -> np.ndarray:
+        """Logits [b,t,V]."""
+        return np.asarray(self.values[self.jaxpr.outvars[0]], np.float32)
+
+
+def _literal(v: Any) -> bool:
+    return type(v).__name__ == "Literal"
+
+
+def _bind(equation: Any, operands: Sequence[Any]) -> Any:
+    """Run one equation, as a custom interpreter does; older jax returns the called functions apart."""
+    found = equation.primitive.get_bind_params(equation.params)
+    functions, settings = found if isinstance(found, tuple) else ((), found)
+    return equation.primitive.bind(*functions, *operands, **settings)
