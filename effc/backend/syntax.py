@@ -17,7 +17,7 @@ WIDTH = 100
 """Longer calls get an argument a line."""
 
 Expr = cst.BaseExpression
-Line = cst.BaseStatement | cst.EmptyLine
+Statement = cst.SimpleStatementLine | cst.BaseCompoundStatement
 
 
 class Names:
@@ -95,6 +95,8 @@ def _float(value: float) -> str:
 
 def _formula(size: Dim) -> str:
     """`2*b*t+1`; quotients are whole whenever the size is."""
+    if not size.names() <= {"b", "t"}:
+        raise EffcError(f"emit: the size {size} depends on more than b and t")
     return str(size).replace("^", "**").replace("/", "//")
 
 
@@ -115,6 +117,9 @@ def item(of: str, *keys: str | int) -> Expr:
 def call(function: str, args: Sequence[Expr], keywords: Mapping[str, Expr] | None = None) -> cst.Call:
     """`function(args, key=value)`, broken into lines where it would be wide."""
     tight = cst.AssignEqual(cst.SimpleWhitespace(""), cst.SimpleWhitespace(""))
+    for key in keywords or {}:
+        if not key.isidentifier():
+            raise EffcError(f"emit: '{key}' as a keyword of {function}, want an identifier")
     all_args = [cst.Arg(a) for a in args]
     all_args += [cst.Arg(v, keyword=name(k), equal=tight) for k, v in (keywords or {}).items()]
     node = cst.Call(expr(function), all_args)
@@ -137,8 +142,9 @@ def binary(left: Expr, operator: str, right: Expr) -> Expr:
 
 def assign(targets: Sequence[str], value: Expr) -> cst.SimpleStatementLine:
     """`a, b = value`."""
-    left = name(targets[0]) if len(targets) == 1 else expr(", ".join(targets))
-    return line(cst.Assign([cst.AssignTarget(left)], value))
+    template = cst.parse_statement(f"{', '.join(targets)} = 0")
+    made = cst.ensure_type(cst.ensure_type(template, cst.SimpleStatementLine).body[0], cst.Assign)
+    return line(made.with_changes(value=value))
 
 
 def line(small: cst.BaseSmallStatement) -> cst.SimpleStatementLine:
@@ -152,7 +158,14 @@ def give(values: Sequence[Expr]) -> cst.SimpleStatementLine:
     return line(cst.Return(bare))
 
 
-def loop(target: str, over: Expr, body: Sequence[cst.BaseStatement]) -> cst.For:
+def docstring(lines: Sequence[str]) -> cst.SimpleStatementLine:
+    """Lines of text as a module's first statement; whatever they hold, they stay a string."""
+    body = "\n".join(" ".join(text.splitlines()) for text in lines)
+    body = body.replace("\\", "\\\\").replace('"', '\\"') if '"' in body or "\\" in body else body
+    return line(cst.Expr(cst.SimpleString(f'"""{body}\n"""')))
+
+
+def loop(target: str, over: Expr, body: Sequence[Statement]) -> cst.For:
     """`for target in over:`."""
     return cst.For(name(target), over, cst.IndentedBlock(list(body)))
 
@@ -160,7 +173,7 @@ def loop(target: str, over: Expr, body: Sequence[cst.BaseStatement]) -> cst.For:
 def function(
     title: str,
     parameters: Sequence[str],
-    body: Sequence[cst.BaseStatement],
+    body: Sequence[Statement],
     *,
     doc: str = "",
     notes: Sequence[str] = (),
@@ -172,22 +185,27 @@ def function(
     return head.with_changes(body=cst.IndentedBlock([*statements, *commented(body, notes)]))
 
 
-def commented(body: Sequence[cst.BaseStatement], notes: Sequence[str]) -> list[cst.BaseStatement]:
+def commented(body: Sequence[Statement], notes: Sequence[str]) -> list[Statement]:
     """`body` with comment lines before its first statement."""
-    marks = [cst.EmptyLine(comment=cst.Comment(f"# {note}")) for note in notes]
-    first = body[0]
-    return [first.with_changes(leading_lines=[*marks, *getattr(first, "leading_lines", ())]), *body[1:]]
+    marks = [cst.EmptyLine(comment=cst.Comment("# " + " ".join(note.splitlines()))) for note in notes]
+    return [_after_lines(body[0], marks), *body[1:]]
 
 
-def spaced(statement: cst.BaseStatement, lines: int) -> cst.BaseStatement:
+def spaced(statement: Statement, lines: int) -> Statement:
     """`statement` after blank lines."""
-    blank = [cst.EmptyLine(indent=False)] * lines
-    return statement.with_changes(leading_lines=[*blank, *getattr(statement, "leading_lines", ())])
+    return _after_lines(statement, [cst.EmptyLine(indent=False)] * lines)
 
 
-def statements(text: str) -> list[cst.BaseStatement]:
+def _after_lines(statement: Statement, lines: Sequence[cst.EmptyLine]) -> Statement:
+    match statement:
+        case cst.SimpleStatementLine() | cst.FunctionDef() | cst.For() | cst.If():
+            return statement.with_changes(leading_lines=[*lines, *statement.leading_lines])
+    raise TypeError(f"{type(statement).__name__} has no leading lines")
+
+
+def statements(text: str) -> list[Statement]:
     """Parsed statements of a template."""
-    return [s for s in cst.parse_module(text.strip() + "\n").body if isinstance(s, cst.BaseStatement)]
+    return list(cst.parse_module(text.strip() + "\n").body)
 
 
 def code(node: cst.CSTNode) -> str:

@@ -120,7 +120,7 @@ def _write(old: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
 
 
 def cache_shapes(extend: Callable[..., Any], params: Any, batch: int) -> Cache:
-    """Shapes of a cache for `extend(params, tokens, cache)`, read off one abstract call; rows are of one token."""
+    """Shapes of a cache for `extend(params, tokens, cache)`, read off one abstract call; a row a sequence."""
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
     return jax.eval_shape(lambda p, x: extend(p, x)[1], params, tokens)
 

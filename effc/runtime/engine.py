@@ -28,6 +28,8 @@ BUCKETS = (16, 32, 64, 128, 256, 512)
 DONE = -1
 """Stands for no token where a sequence has ended."""
 
+_CACHE_OPTION = "jax_compilation_cache_dir"
+
 State = dict[str, Any]
 """Between chunks of decoding: cache; token, done and row [b]; seed; seen bool[b,V] or None."""
 
@@ -83,7 +85,7 @@ class Engine:
         return self._ready(("choose", how.greedy, how.filters), call, 1, *args)(*args)
 
     def decode(self, state: State, how: How, limit: int, chunk: int) -> tuple[State, jax.Array]:
-        """The state after up to limit <= chunk more tokens, and those i32[b,chunk], DONE where there are none."""
+        """The state after up to limit <= chunk more tokens, and those i32[b,chunk], DONE where none."""
         options = {"chunk": chunk, "greedy": how.greedy, "filters": how.filters}
         call = partial(_decode, self.program.extend, **options)
         args = (self.params, state, how.numbers, how.stops, jnp.int32(limit))
@@ -119,8 +121,8 @@ def _choose(
 
 
 def _decode(
-    extend: Callable[..., Any], params: Any, state: State, numbers: Numbers, stops: jax.Array, limit: jax.Array, *,
-    chunk: int, greedy: bool, filters: frozenset[str],
+    extend: Callable[..., Any], params: Any, state: State, numbers: Numbers, stops: jax.Array,
+    limit: jax.Array, *, chunk: int, greedy: bool, filters: frozenset[str],
 ) -> tuple[State, jax.Array]:  # fmt: skip
     """Each turn takes in the token chosen last and chooses the next; ends early when all rows are done."""
 
@@ -171,7 +173,8 @@ def check_length(prompt: int, new: int, context: int | None, where: str = "gener
 
 def keep_compiled() -> None:
     """Have JAX keep compiled programs on disk, where the user has not said otherwise."""
-    if jax.config.jax_compilation_cache_dir is not None or "JAX_ENABLE_COMPILATION_CACHE" in os.environ:
+    chosen = getattr(jax.config, _CACHE_OPTION, None)
+    if chosen is not None or "JAX_ENABLE_COMPILATION_CACHE" in os.environ:
         return
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(Path(base) / "effc" / "jax"))
+    jax.config.update(_CACHE_OPTION, str(Path(base) / "effc" / "jax"))

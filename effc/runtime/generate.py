@@ -70,9 +70,9 @@ class Request:
 
 
 def generate(
-    engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling | None = None,
-    stop_ids: Sequence[int] | None = None, seed: int = 0, chunk: int = 32, stop: Sequence[str] = (),
-    decode: Decoder | None = None, on_tokens: OnTokens | None = None,
+    engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+    sampling: Sampling | None = None, stop_ids: Sequence[int] | None = None, seed: int = 0, chunk: int = 32,
+    stop: Sequence[str] = (), decode: Decoder | None = None, on_tokens: OnTokens | None = None,
 ) -> Result:  # fmt: skip
     """Up to max_new_tokens after each prompt; a row's tokens do not depend on the other rows."""
     request = Request(prompts, max_new_tokens, sampling or Sampling(), stop_ids, seed, chunk, stop, decode)

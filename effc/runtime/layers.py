@@ -90,7 +90,7 @@ def rope_table(
 
 
 def rope(x: jax.Array, cos: jax.Array, sin: jax.Array, *, style: str = "half") -> jax.Array:
-    """Rotate pairs of the first 2n dims of x[b,t,h,d], n = cos.shape[-1]: half (i, i+n), interleaved (2i, 2i+1)."""
+    """Rotate pairs of the first 2n dims of x[b,t,h,d], n = cos.shape[-1]: (i, i+n), or (2i, 2i+1)."""
     n = cos.shape[-1]
     turned, rest = x[..., : 2 * n].astype(jnp.float32), x[..., 2 * n :]
     c, s = cos[:, :, None, :], sin[:, :, None, :]

@@ -123,7 +123,7 @@ def _keep(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Ar
         ok = enough(order >= middle)
         return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
 
-    low = jnp.zeros(logits.shape[:-1] + (1,), jnp.uint32)
+    low = jnp.zeros((*logits.shape[:-1], 1), jnp.uint32)
     threshold, _ = lax.fori_loop(0, 32, halve, (low, order.max(axis=-1, keepdims=True) + 1))
     best = order == order.max(axis=-1, keepdims=True)
     return jnp.where((order >= threshold) | best, logits, -jnp.inf)

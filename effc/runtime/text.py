@@ -23,7 +23,7 @@ class Watch:
         self._ends: list[int] = []  # length of the text after each token
 
     def see(self, tokens: Sequence[int]) -> int | None:
-        """Take in the tokens past those seen; the number of tokens to keep if a stop string is there, else None."""
+        """Take in the tokens past those seen; how many to keep if a stop string is there, else None."""
         if self._decode is None:
             return None
         for count in range(len(self._ends) + 1, len(tokens) + 1):

@@ -24,13 +24,14 @@ from effc.runtime.program import Table
 from effc.runtime.qarray import QArray, packed_width
 
 _SPEC = re.compile(
-    r"(?:(?P<stack>\d+) \* )?(?P<dtype>\w+)(?:\{(?P<quant>[^}]*)\})?\[(?P<shape>[\d,]*)\](?: = (?P<stored>\S+))?"
+    r"(?:(?P<stack>\d+) \* )?(?P<dtype>\w+)(?:\{(?P<quant>[^}]*)\})?\[(?P<shape>[\d,]*)\]"
+    r"(?: = (?P<stored>\S+))?"
 )
 
 _TAGS = {
     "F64": "f64", "F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "f8e4m3", "F8_E5M2": "f8e5m2",
-    "I64": "i64", "I32": "i32", "I16": "i16", "I8": "i8", "U64": "u64", "U32": "u32", "U16": "u16", "U8": "u8",
-    "BOOL": "bool",
+    "I64": "i64", "I32": "i32", "I16": "i16", "I8": "i8",
+    "U64": "u64", "U32": "u32", "U16": "u16", "U8": "u8", "BOOL": "bool",
 }  # fmt: skip
 
 
@@ -116,8 +117,8 @@ def _files(path: Path) -> list[Path]:
     index = path.with_name(path.name + ".index.json")
     if path.exists() or not index.exists():
         return [path]
-    named: Callable[[], Any] = lambda: json.loads(index.read_text())["weight_map"].values()
-    return [path.with_name(name) for name in sorted(set(_checked(index, named)))]
+    names = _checked(index, lambda: sorted(set(json.loads(index.read_text())["weight_map"].values())))
+    return [path.with_name(name) for name in names]
 
 
 def _mapped(file: Path) -> dict[str, np.ndarray]:
