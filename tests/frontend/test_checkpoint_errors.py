@@ -329,7 +329,7 @@ def test_save_checkpoint_does_not_overwrite(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0.0005, 0.3, 0.999])
 def test_truncated_gguf(tmp_path: Path, keep: float) -> None:
-    refused(gguf_file(tmp_path, "llama", keep), "truncated or not GGUF", "bytes")
+    refused(gguf_file(tmp_path, "llama", keep), "m.gguf: truncated", "bytes")
 
 
 @pytest.mark.parametrize(

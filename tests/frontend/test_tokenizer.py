@@ -170,41 +170,18 @@ def test_gguf_begin_and_end_tokens(rust: Rust) -> None:
 @pytest.mark.parametrize(
     ("pre", "pieces"),
     [
-        ("gpt-2", ["it", "'s", " x", "123", ",", " 45", "\n\n\n ", " DON", "'", "T", "\n", "\n", "1"]),
-        (
-            "smollm",
-            [
-                "it",
-                "'s",
-                " x",
-                "1",
-                "2",
-                "3",
-                ",",
-                " ",
-                "4",
-                "5",
-                "\n\n\n ",
-                " DON",
-                "'",
-                "T",
-                "\n\n",
-                "1",
-            ],
-        ),
-        ("llama-bpe", ["it", "'s", " x", "123", ",", " ", "45", "\n\n\n", " ", " DON", "'T", "\n\n", "1"]),
-        (
-            "qwen2",
-            ["it", "'s", " x", "1", "2", "3", ",", " ", "4", "5", "\n\n\n", " ", " DON", "'T", "\n\n", "1"],
-        ),
+        ("gpt-2", r"it|'s| x|123|,| 45|\n\n\n | DON|'|T|\n|\n|1"),
+        ("smollm", r"it|'s| x|1|2|3|,| |4|5|\n\n\n | DON|'|T|\n\n|1"),
+        ("llama-bpe", r"it|'s| x|123|,| |45|\n\n\n| | DON|'T|\n\n|1"),
+        ("qwen2", r"it|'s| x|1|2|3|,| |4|5|\n\n\n| | DON|'T|\n\n|1"),
     ],
 )
-def test_gguf_text_is_cut_as_llama_cpp_cuts_it(rust: Rust, pre: str, pieces: list[str]) -> None:
+def test_gguf_text_is_cut_as_llama_cpp_cuts_it(rust: Rust, pre: str, pieces: str) -> None:
     """smollm cuts digits out first: newlines before a digit stay together (transformers misses that)."""
     tokenizer = rebuilt(metadata(rust), pre).rust
     text = "it's x123, 45\n\n\n  DON'T\n\n1"
     spans = [span for _, span in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-    assert [text[a:b] for a, b in spans] == pieces
+    assert "|".join(text[a:b] for a, b in spans) == pieces.replace(r"\n", "\n")
 
 
 def sentence_piece() -> Tokenizer:

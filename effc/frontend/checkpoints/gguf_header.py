@@ -1,7 +1,7 @@
 """The head of a GGUF file: metadata and where each tensor lies.
 
-The gguf library reads the same through a memory map, value by value: for a vocabulary of 49,152 tokens that takes
-two seconds, this a tenth; and it trips over a truncated file in many ways, where this says what is missing.
+The gguf library reads the same value by value through a memory map: two seconds for 49,152 tokens, a tenth of
+that here; and it trips over a truncated file in many ways, where this says what is missing.
 """
 
 from __future__ import annotations
