@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from effc.ir import (
-    NAN, Decode, Func, Loc, Module, Op, Param, Quant, Ref, Size, Type, Value, deltas, diff, dump, parse, verify,
+    NAN,
+    Decode,
+    Func,
+    Loc,
+    Module,
+    Op,
+    Param,
+    Quant,
+    Ref,
+    Size,
+    Type,
+    Value,
+    deltas,
+    diff,
+    dump,
+    parse,
+    verify,
     warnings,
 )  # fmt: skip
 from effc.ir.core import Attr
@@ -28,7 +44,7 @@ quick = settings(max_examples=120, deadline=None, suppress_health_check=[HealthC
 
 words = st.from_regex(r"[A-Za-z_][A-Za-z0-9_.]{0,6}", fullmatch=True)
 reserved = st.sampled_from(
-    "effc module meta param block func decode return over perm at true false none inf nan b t f32 q4".split()
+    "effc module meta param block func decode return over perm at true false none inf nan b t f32 q4".split()  # noqa: SIM905
 )
 names = words | reserved | st.text(max_size=5) | st.from_regex(r"[0-9][0-9.\-]{0,3}", fullmatch=True)
 identifiers = st.sampled_from(["b", "t", "s", "batch", "inf", "nan", "n_1", "e5"])
@@ -183,7 +199,7 @@ some_types = st.builds(Type, st.sampled_from(["f32", "i32", "x8"]), shapes) | ty
 some_inputs = st.lists(st.sampled_from(["x", "cos", "tokens", "x1", "q1", "h"]), max_size=4).map(tuple)
 some_attrs: st.SearchStrategy[dict[str, Attr | Ref]] = st.dictionaries(
     st.sampled_from(sorted({name for spec in OPS.values() for name in spec.attrs})),
-    st.sampled_from([n for spec in OPS.values() for k in spec.attrs.values() for n in k.split("=")[0].split("|")])
+    st.sampled_from([n for spec in OPS.values() for k in spec.attrs.values() for n in re.split("[=|]", k)])
     | st.integers(-2, 70) | refs | st.sampled_from([Ref("layer"), Ref("forward"), (1, 2), ()]) | attributes,
     max_size=4,
 )  # fmt: skip

@@ -26,7 +26,8 @@ EDITS = {
     "too many operands": ("gelu(%u)", "gelu(%u, %u)", "2 operands, want 1 (x)"),
     "too few of any number": (
         "attention(%q2, %k2, %v1)", "attention(%q2)", "1 operand, want 3 or more (q, k, v, extra*)"),
-    "a missing parameter": ("linear(%g) [w=@layers.down]", "linear(%g)", "parameter 'w' is missing, want [w=@...]"),
+    "a missing parameter": (
+        "linear(%g) [w=@layers.down]", "linear(%g)", "parameter 'w' is missing, want [w=@...]"),
     "an unknown role": (
         "[w=@layers.o]", "[w=@layers.o, bia=@norm]",
         "no parameter is called 'bia', want w or bias; did you mean 'bias'?"),
@@ -37,13 +38,15 @@ EDITS = {
     "a missing attribute": (" {cap=30.0}", "", "attribute 'cap' is missing, want {cap=...} (a number)"),
     "an unknown attribute": (
         "{cap=30.0}", "{cap=30.0, cup=1}", "no attribute is called 'cup', want cap; did you mean 'cap'?"),
-    "a word not among the choices": ("approx=erf", "approx=erff", "approx=erff, want tanh or erf; did you mean 'erf'?"),
+    "a word not among the choices": (
+        "approx=erf", "approx=erff", "approx=erff, want tanh or erf; did you mean 'erf'?"),
     "a word for a number": ("cap=30.0", "cap=none", "cap=none, want a number"),
     "a truth for a whole number": ("dims=16", "dims=true", "dims=true, want a whole number"),
     "a fraction for whole numbers": (
         "sizes=(64,32,32)", "sizes=(64,32,32.0)", "sizes=(64,32,32.0), want whole numbers like (1,2)"),
     "a word for a name": ("block=@layer", "block=layer", "block=layer, want a name like @x"),
-    "an unknown name": ("block=@layer", "block=@layr", "block: nothing is called @layr; did you mean 'layer'?"),
+    "an unknown name": (
+        "block=@layer", "block=@layr", "block: nothing is called @layr; did you mean 'layer'?"),
     "a region of an op that has none": (
         "gelu(%u) {approx=erf}", "gelu(%u) bias() { return }", "no region is called 'bias', want none"),
     "an unknown region": (
@@ -91,15 +94,18 @@ EDITS = {
     "an axis outside": ("axis=-1", "axis=-3", "axis=-3 of 2 axes, want -2 to -1"),
     "bits": ("q4{", "q9{", "9 bits a code, want 2 to 8"),
     "the dtype of scales": ("scale=f16}", "scale=f15}", "no dtype is called 'f15'; did you mean 'f16'?"),
-    "a parameter of no fixed size": ("@slopes: f32[4]", "@slopes: f32[b]", "is f32[b], want sizes that are numbers"),
+    "a parameter of no fixed size": (
+        "@slopes: f32[4]", "@slopes: f32[b]", "is f32[b], want sizes that are numbers"),
     "a size below none": ("@slopes: f32[4]", "@slopes: f32[-4]", "f32[-4] has a size of -4, want 0 or more"),
-    "half a size": ("@slopes: f32[4]", "@slopes: f32[1/2]", "f32[1/2] has a size of 1/2, want a whole number"),
+    "half a size": (
+        "@slopes: f32[4]", "@slopes: f32[1/2]", "f32[1/2] has a size of 1/2, want a whole number"),
     "a stack below none": ("3 * f32[64] =", "-3 * f32[64] =", "is stacked -3 times, want 0 or more"),
     "numbers of the path": ("over (0,6,2)", "over (0,6,1)", "over (0,6,1) names 6 arrays, want 3"),
     "a step of none": (
         "over (0,6,2)", "over (0,6,0)", "over is (0,6,0), want (start,stop,step) with a step other than 0"),
     "a permutation": ("perm (1,0)", "perm (1,1)", "perm is (1,1), want each axis once"),
-    "a size as a setting": ("context=64", "context=b", "context is b, want a string, a number, true or false"),
+    "a size as a setting": (
+        "context=64", "context=b", "context is b, want a string, a number, true or false"),
 }  # fmt: skip
 
 
