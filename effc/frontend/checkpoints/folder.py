@@ -87,7 +87,9 @@ def build_source(
         "dtype": dtype.name,
         "vocab": vocab_of(forward, spec, module),
     }
-    return Source(where.resolve().stem, forward, spec, weights, tokenizer, context, meta)
+    stem = where.resolve().stem
+    name = where.resolve().parent.name if stem == "model" else stem
+    return Source(name, forward, spec, weights, tokenizer, context, meta)
 
 
 def tensors_in(path: Path) -> Tensors:

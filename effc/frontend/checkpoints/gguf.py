@@ -69,6 +69,7 @@ NAMES = {
     "head": "output",
 }
 
+CHUNK = 1 << 20  # values decoded at once
 PLAIN = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 PERMUTED = ("llama", "smollm3")  # architectures whose converter interleaves the two rope halves of q and k
 
@@ -98,11 +99,22 @@ class GgufTensors:
         if place.kind.name in PLAIN:
             return raw.view(PLAIN[place.kind.name]).reshape(place.shape)
         try:
-            return gguf.dequantize(raw.reshape(*place.shape[:-1], -1), place.kind)
+            return _decoded(raw.reshape(*place.shape[:-1], -1), place)
         except NotImplementedError:
             raise EffcError(
                 f"{self.where}: tensor '{name}' is {place.kind.name}, which the gguf library cannot decode"
             ) from None
+
+
+def _decoded(raw: np.ndarray, place: Place) -> np.ndarray:
+    """A few rows at a time: the library's temporaries are several times the size of what it decodes."""
+    if len(place.shape) == 1:
+        return gguf.dequantize(raw, place.kind)
+    out = np.empty(place.shape, np.float32)
+    step = max(1, CHUNK // place.shape[-1])
+    for row in range(0, len(out), step):
+        out[row : row + step] = gguf.dequantize(raw[row : row + step], place.kind)
+    return out
 
 
 def open_gguf(file: Path, dtype: np.dtype) -> Source:
