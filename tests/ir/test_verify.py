@@ -68,7 +68,8 @@ EDITS = {
         "%a0: f32[b,t,4,16] = attention(%q2, %k2, %v1)", "%a0: f32[b,t,2,16] = attention(%k2, %q2, %q2)",
         "2 query heads do not divide among 4 key heads"),
     "the number of values": (
-        "%cos, %sin: f32[b,t,8], f32[b,t,8] = rope_t", "%cos: f32[b,t,8] = rope_t", "defines 1 values, want 2"),
+        "%cos, %sin: f32[b,t,8], f32[b,t,8] = rope_t", "%cos: f32[b,t,8] = rope_t",
+        "defines 1 values, want 2"),
     "sizes to split by": (
         "(64,32,32)", "(64,32,33)", "sizes add up to 129, want 128, the last axis of f32[b,t,128]"),
     "operands that do not line up": (
