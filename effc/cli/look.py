@@ -82,7 +82,7 @@ def _add_diff(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         diff,
         "show what differs between two modules, op by op",
         "effc diff out-f32 out-q4",
-        "effc diff dumps/00-lowered.effc dumps/01-quant4.effc",
+        "effc diff dumps/00-input.effc dumps/01-quant4.effc",
     )
     parser.add_argument("first", type=Path, help=".effc file, artifact or checkpoint")
     parser.add_argument("second", type=Path, help="likewise")

@@ -91,7 +91,7 @@ def test_a_hand_edited_group_size_takes_effect(file: Path, capsys: Capture) -> N
     file.write_text(edited)
     assert main(["opt", str(file), "--passes", "clean"]) == 0
     after = parse(capsys.readouterr().out)
-    assert str(after.params["layers.up"].type).startswith("q4{group=16,")
+    assert str(after.params["layers.down"].type).startswith("q4{group=16,")
 
 
 def test_diff(file: Path, tmp_path: Path, capsys: Capture, golden: Golden) -> None:
