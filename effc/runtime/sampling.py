@@ -130,6 +130,6 @@ def _keep(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Ar
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """u32 in the order of the floats."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    """u32 in the order of the floats; both zeros are one."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
     return jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))

@@ -1,0 +1,145 @@
+"""Prefill and decode as serialized jax.export programs: they run with JAX alone, weights are arguments."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from effc.errors import EffcError
+from effc.runtime.cache import Cache, Rows, cache_shapes
+from effc.runtime.program import Program
+from effc.runtime.qarray import QArray
+
+PLATFORMS = ("cpu", "tpu")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One program: its file, what it was called with, and which platforms it runs on."""
+
+    file: str
+    call: str
+    arguments: Sequence[str]
+    platforms: Sequence[str]
+
+
+def export_programs(
+    program: Program, params: Any, folder: Path, *, batch: int = 1, prompt: int = 128, capacity: int = 1024
+) -> list[Exported]:
+    """Write prefill.bin, decode.bin and README.md to `folder`, for these fixed sizes."""
+    if prompt > capacity:
+        raise EffcError(f"export: a prompt of {prompt} tokens, want at most the cache's {capacity}")
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise EffcError("export: jax.export writes through the flatbuffers package, want it installed")
+    _register()
+    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    cache = _grown(cache_shapes(program.extend, weights, batch), capacity)
+    count = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((batch, prompt), jnp.int32)
+    folder.mkdir(parents=True, exist_ok=True)
+    programs = [
+        _export(folder, "prefill", program.extend, (weights, tokens, cache, count)),
+        _export(
+            folder, "decode", program.extend, (weights, jax.ShapeDtypeStruct((batch, 1), jnp.int32), cache)
+        ),
+    ]
+    (folder / "README.md").write_text(_readme(programs, batch, prompt, capacity))
+    return programs
+
+
+def load_exported(file: Path) -> Callable[..., Any]:
+    """The program in a file that export_programs wrote."""
+    _register()
+    return export.deserialize(bytearray(file.read_bytes())).call
+
+
+def _grown(cache: Cache, capacity: int) -> Cache:
+    def rows(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((x.shape[0], capacity, *x.shape[2:]), x.dtype)
+
+    return Cache(cache.lengths, jax.tree.map(rows, cache.entries))
+
+
+def _export(folder: Path, name: str, extend: Callable[..., Any], arguments: tuple[Any, ...]) -> Exported:
+    platforms = _platforms(extend, arguments)
+    done = export.export(jax.jit(extend), platforms=platforms)(*arguments)
+    (folder / f"{name}.bin").write_bytes(done.serialize())
+    leaves = jax.tree_util.tree_flatten_with_path(arguments[1:])[0]
+    lines = [f"{_spell(path)}: {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves]
+    return Exported(
+        f"{name}.bin", "params, tokens, cache" + ", valid" * (len(arguments) > 3), lines, platforms
+    )
+
+
+def _platforms(extend: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str, ...]:
+    """All of PLATFORMS, or this machine's own where an op has no lowering for the others."""
+    try:
+        export.export(jax.jit(extend), platforms=PLATFORMS)(*arguments)
+    except NotImplementedError:
+        return (jax.default_backend(),)
+    return PLATFORMS
+
+
+def _spell(path: Sequence[Any]) -> str:
+    names = ("tokens", "cache", "valid")
+    return names[path[0].idx] + jax.tree_util.keystr(tuple(path[1:]))
+
+
+_registered: list[bool] = []
+
+
+def _register() -> None:
+    """Teach jax.export the trees that programs take; once a process."""
+    if _registered:
+        return
+    _registered.append(True)
+    for kind in (Cache, Rows, QArray):
+        export.register_pytree_node_serialization(
+            kind,
+            serialized_name=f"effc.{kind.__name__}",
+            serialize_auxdata=_to_bytes,
+            deserialize_auxdata=_from_bytes,
+        )
+
+
+def _to_bytes(fields: Any) -> bytes:
+    return repr(fields).encode()
+
+
+def _from_bytes(data: bytes) -> Any:
+    return ast.literal_eval(data.decode())
+
+
+def _readme(programs: Sequence[Exported], batch: int, prompt: int, capacity: int) -> str:
+    parts = [_TELLS.format(batch=batch, prompt=prompt, capacity=capacity)]
+    for done in programs:
+        arguments = "\n".join(f"- `{line}`" for line in done.arguments)
+        parts.append(
+            f"## {done.file}\n\n`({done.call}) -> (logits, cache)` for {', '.join(done.platforms)}; "
+            f"besides params:\n\n{arguments}\n"
+        )
+    return "\n".join(parts)
+
+
+_TELLS = """# Exported programs
+
+Serialized `jax.export` programs for {batch} sequence(s), prompts padded to {prompt} tokens and a cache of
+{capacity} tokens. `params` is the tree that `program.py` describes in `PARAMS`; `lengths` says how many
+tokens each sequence holds and grows with each call; `valid` says how many tokens of a padded prompt count.
+
+```python
+from pathlib import Path
+from effc.backend.to_stablehlo import load_exported
+
+prefill = load_exported(Path("prefill.bin"))
+logits, cache = prefill(params, tokens, cache, valid)
+```
+"""

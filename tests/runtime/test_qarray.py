@@ -1,0 +1,95 @@
+"""Quantized arrays: the stored layout, values, and the layers that take them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from effc.runtime import layers
+from effc.runtime.qarray import QArray, pack, unpack
+
+RNG = np.random.default_rng(0)
+
+
+def made(shape: tuple[int, ...], *, bits: int, group: int, axis: int, sym: bool) -> tuple[QArray, np.ndarray]:
+    """A quantized array and what it stands for, element by element."""
+    codes = RNG.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape).astype(np.int8)
+    size = group or shape[axis]
+    grouped = list(shape)
+    grouped[axis] = -(-shape[axis] // size)
+    scales = RNG.uniform(0.5, 2.0, grouped).astype(np.float16)
+    zeros = None if sym else RNG.uniform(-3, 3, grouped).astype(np.float16)
+    of = np.arange(shape[axis]) // size
+    spread = lambda x: np.take(x.astype(np.float32), of, axis=axis)  # noqa: E731
+    values = (codes - (0 if zeros is None else spread(zeros))) * spread(scales)
+    stored = pack(codes) if bits <= 4 else codes
+    parts = (jnp.asarray(stored), jnp.asarray(scales), None if zeros is None else jnp.asarray(zeros))
+    return QArray(*parts, bits, group, axis, shape[-1]), values
+
+
+CASES = [
+    (shape, bits, group, axis)
+    for shape, group, axis in [
+        ((12, 10), 4, -2),
+        ((13, 7), 4, -2),
+        ((12, 10), 0, -2),
+        ((6, 16), 8, -1),
+        ((6, 15), 8, -1),
+    ]
+    for bits in (2, 4, 8)
+]
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize(("shape", "bits", "group", "axis"), CASES)
+def test_dequantize(shape: tuple[int, int], bits: int, group: int, axis: int, sym: bool) -> None:
+    array, values = made(shape, bits=bits, group=group, axis=axis, sym=sym)
+    assert array.shape == shape and array.sym == sym
+    np.testing.assert_allclose(array.dequantize(), values, rtol=1e-6, atol=1e-6)
+
+
+@given(st.integers(1, 9), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=30)
+def test_packing_round_trips(width: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(-8, 8, (3, width)).astype(np.int8)
+    packed = pack(codes)
+    assert packed.shape == (3, (width + 1) // 2) and packed.dtype == np.uint8
+    assert (np.asarray(unpack(jnp.asarray(packed), width)) == codes).all()
+
+
+def test_the_stored_bytes_are_low_half_first() -> None:
+    assert pack(np.array([[1, -1, 7]], np.int8)).tolist() == [[0xF1, 0x07]]
+
+
+@pytest.mark.parametrize("rows", [1, 5, 300])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize(("layout", "axis"), [("kn", -2), ("nk", -1)])
+def test_linear(rows: int, bits: int, sym: bool, layout: str, axis: int) -> None:
+    shape = (40, 22) if layout == "kn" else (22, 40)
+    array, values = made(shape, bits=bits, group=16, axis=axis, sym=sym)
+    x = RNG.standard_normal((rows, 40)).astype(np.float32)
+    want = x @ (values if layout == "kn" else values.T)
+    got = layers.linear(jnp.asarray(x), array, layout=layout)
+    np.testing.assert_allclose(
+        got, want, rtol=1e-4, atol=2e-5 * np.abs(want).max()
+    )  # f32 sums of 40 products
+
+
+def test_embed_reads_only_the_rows_asked_for() -> None:
+    array, values = made((50, 24), bits=4, group=8, axis=-1, sym=False)
+    ids = jnp.array([[3, 49, 3]])
+    np.testing.assert_allclose(layers.embed(ids, array), values[np.asarray(ids)], rtol=1e-6)
+    jaxpr = jax.make_jaxpr(layers.embed)(ids, array)
+    assert max(v.aval.size for e in jaxpr.jaxpr.eqns for v in e.outvars) < 50 * 24
+
+
+def test_it_is_a_pytree_that_survives_jit() -> None:
+    array, values = made((12, 10), bits=4, group=4, axis=-2, sym=True)
+    again = jax.jit(lambda a: a)(array)
+    assert (again.bits, again.group, again.axis, again.shape) == (4, 4, -2, (12, 10))
+    np.testing.assert_allclose(again.dequantize(), values, rtol=1e-6)
