@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from effc.errors import EffcError
+from effc.errors import EffcError, nearest
 from effc.frontend.source import PyTree, Spec, flatten, unflatten
 
 Forward = Callable[[PyTree, jax.Array], jax.Array]
@@ -50,25 +50,26 @@ PROBE = (1, 8)  # batch, length of the tokens a module is shaped with
 def from_linen(
     module: linen.Module, spec: PyTree | None = None, where: str = "model"
 ) -> tuple[Forward, PyTree]:
-    """spec: nested ShapeDtypeStructs when known, otherwise found by abstract initialisation."""
+    """spec: of parameters that are there already, held against what the module initialises."""
     module = _switched_off(module)
     arguments = _arguments(type(module).__call__, where)
-    variables: Mapping[str, Any] = {}
-    if spec is None:
-        variables = _linen_shapes(module, arguments, where)
-        spec = variables.get("params", {})
+    variables = _linen_shapes(module, arguments, where)
+    wanted = as_spec(variables["params"])
+    if spec is not None:
+        check_spec(flatten(as_spec(spec)), flatten(wanted), where)
     constants = _linen_constants(module, arguments, variables)
 
     def forward(params: PyTree, tokens: jax.Array) -> jax.Array:
         out = module.apply({"params": params, **constants}, tokens, **arguments(tokens))
         return logits_of(out, where)
 
-    return forward, as_spec(spec)
+    return forward, wanted if spec is None else as_spec(spec)
 
 
 def from_nnx(build: nnx.Module | Callable[[], nnx.Module], where: str = "model") -> tuple[Forward, PyTree]:
     """A module, or better a function that makes one: then only what is not nnx.Param is initialised."""
-    model = build if isinstance(build, nnx.Module) else nnx.eval_shape(build)
+    # A copy, sharing arrays: eval() must not switch the caller's module.
+    model = nnx.merge(*nnx.split(build)) if isinstance(build, nnx.Module) else nnx.eval_shape(build)
     model.eval()
     arguments = _arguments(type(model).__call__, where)
     graph, params, randoms, others = nnx.split(model, nnx.Param, nnx.RngState, ...)
@@ -104,6 +105,20 @@ def as_spec(tree: PyTree) -> PyTree:
     """Leaves as ShapeDtypeStruct, boxes (partitioning metadata) taken off, keys as text."""
     flat = flatten(linen.meta.unbox(tree))
     return unflatten({path: Spec(leaf.shape, leaf.dtype) for path, leaf in flat.items()})
+
+
+def check_spec(found: Mapping[str, Spec], wanted: Mapping[str, Spec], where: str) -> None:
+    """Every parameter there, of the shape the module wants, and no other; dtypes may differ."""
+    for path in wanted:
+        if path not in found:
+            raise EffcError(f"{where}: no parameter '{path}'{nearest(path, found.keys() - wanted.keys())}")
+    for path, spec in found.items():
+        if path not in wanted:
+            raise EffcError(f"{where}: the module has no parameter '{path}'{nearest(path, wanted)}")
+        if spec.shape != wanted[path].shape:
+            raise EffcError(
+                f"{where}: parameter '{path}' is {list(spec.shape)}, want {list(wanted[path].shape)}"
+            )
 
 
 def vocab_of(forward: Forward, spec: PyTree, where: str) -> int:

@@ -16,11 +16,12 @@ from flax import linen, nnx, serialization
 from safetensors.numpy import save_file
 
 from effc.errors import EffcError
+from effc.frontend.adapt import from_linen, from_nnx
 from effc.frontend.checkpoints import open_checkpoint, save_checkpoint
 from effc.frontend.checkpoints.user_code import load_build
-from effc.frontend.source import Source, flatten, load_all
+from effc.frontend.source import Source, flatten, load_all, unflatten
 
-TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
+TOKENS = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
 
 LINEN = """
     import jax.numpy as jnp
@@ -169,7 +170,6 @@ def test_safetensors_with_module(tmp_path: Path) -> None:
 
 def test_scanned_boxed_linen_module() -> None:
     """Layers stacked by nn.scan, parameters boxed with sharding names, a constant collection beside them."""
-    from effc.frontend.adapt import from_linen
 
     class Block(linen.Module):
         @linen.compact
@@ -184,7 +184,8 @@ def test_scanned_boxed_linen_module() -> None:
         @linen.compact
         def __call__(self, tokens: jax.Array, attention_mask: jax.Array, deterministic: bool = False) -> dict:
             x = linen.Embed(16, 8)(tokens) * attention_mask[..., None].astype(jnp.float32)
-            axes, named = {"params": 0, "constants": 0}, {linen.PARTITION_NAME: "layers"}
+            axes: dict[Any, Any] = {"params": 0, "constants": 0}
+            named = {linen.PARTITION_NAME: "layers"}
             x, _ = linen.scan(
                 Block, variable_axes=axes, split_rngs={"params": True}, length=3, metadata_params=named
             )()(x, None)
@@ -195,8 +196,38 @@ def test_scanned_boxed_linen_module() -> None:
     forward, spec = from_linen(module)
     params = linen.meta.unbox(variables["params"])
     assert jax.tree.map(lambda a: a.shape, params) == jax.tree.map(lambda a: a.shape, spec)
-    want = module.apply(variables, TOKENS, jnp.ones_like(TOKENS), True)["logits"]
+    out: Any = module.apply(variables, TOKENS, jnp.ones_like(TOKENS), True)
+    want = out["logits"]
     np.testing.assert_allclose(forward(params, TOKENS), want, atol=1e-6)
+    again, _ = from_linen(module, params)
+    np.testing.assert_allclose(again(params, TOKENS), want, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"embedding": np.zeros((4, 5))}, r"'embedding' is \[4, 5\], want \[4, 3\]"),
+        ({"embeding": np.zeros((4, 3))}, "no parameter 'embedding'; did you mean 'embeding'"),
+        ({"embedding": np.zeros((4, 3)), "bias": np.zeros(3)}, "the module has no parameter 'bias'"),
+    ],
+)
+def test_parameters_of_another_module(change: dict, words: str) -> None:
+    with pytest.raises(EffcError, match=words):
+        from_linen(linen.Embed(4, 3), change)
+
+
+def test_a_module_in_memory_stays_in_its_mode() -> None:
+    model = nnx.Sequential(
+        nnx.Embed(16, 8, rngs=nnx.Rngs(0)),
+        nnx.Dropout(0.5, rngs=nnx.Rngs(0)),
+        nnx.Linear(8, 16, rngs=nnx.Rngs(0)),
+    )
+    forward, spec = from_nnx(model)
+    dropout: Any = model.layers[1]
+    assert not dropout.deterministic
+    assert set(flatten(spec)) == {"layers/0/embedding", "layers/2/kernel", "layers/2/bias"}
+    params = unflatten(flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+    np.testing.assert_array_equal(forward(params, TOKENS), forward(params, TOKENS))
 
 
 def test_unknown_required_argument_is_named(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_bfloat16_reaches_parameters_and_arithmetic(name: str, tmp_path: Path) -
     (tmp_path / "config.json").write_text(json.dumps(case.config))
     save_file(case.weights, tmp_path / "model.safetensors")
     source = open_checkpoint(tmp_path, dtype="bfloat16")
-    logits = source.forward(load_all(source), case.tokens)
+    logits = jax.jit(source.forward)(load_all(source), case.tokens)
     assert all(source.weights.read(n).dtype.name == "bfloat16" for n in source.weights.names())
     assert logits.dtype == np.float32
     error = np.abs(logits - case.logits).mean() / case.logits.std()
@@ -123,7 +123,7 @@ RENAMES = [
 
 def write_gguf(file: Path, config: dict, weights: dict[str, np.ndarray]) -> None:
     """What llama.cpp's convert_hf_to_gguf.py does to these families, in short."""
-    arch = ARCH.get(config["model_type"], config["model_type"])
+    arch: str = ARCH.get(config["model_type"]) or config["model_type"]
     writer = gguf.GGUFWriter(file, arch)
     for key, value in metadata(config).items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
