@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from effc.memory import give_back
 
 Advance = Callable[[int], None]
 
@@ -23,10 +23,11 @@ class Clock:
 
     @contextlib.contextmanager
     def step(self, name: str, total: float | None = None) -> Iterator[Advance]:
-        """Time the body; what it yields advances the bar towards `total`."""
+        """Time the body; what it yields advances the bar towards `total`. Memory is given back at its end."""
         start = time.perf_counter()
         with self._bar(name, total) as advance:
             yield advance
+        give_back()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         if self.console:
             self.console.print(f"{name:<10} {self.seconds[name]:6.1f} s", highlight=False)
@@ -45,10 +46,3 @@ class Clock:
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(name, total=total)
             yield lambda count: progress.advance(task, count)
-
-
-def peak_bytes() -> int:
-    """The most memory this process held, or any it started and waited for."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(who).ru_maxrss for who in whose) * unit

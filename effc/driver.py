@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from rich.console import Console
 from effc import artifact, evaluate, speed
 from effc.artifact import WEIGHTS, effc_version, staged, write_manifest, write_texts
 from effc.backend.to_python import emit
-from effc.clock import Clock, peak_bytes
+from effc.clock import Clock
 from effc.errors import EffcError, nearest
 from effc.evaluate import Quality, Windows
-from effc.frontend.lower import lower
+from effc.frontend.check import check
+from effc.frontend.lowering import lower
 from effc.frontend.source import Source
 from effc.frontend.tokenizer import Tokenizer
 from effc.ir.core import Module
 from effc.ir.types import Quant
+from effc.memory import peak_bytes
 from effc.passes import runner
 from effc.passes.base import Exactness, Pass, PassError
 from effc.passes.runner import Step, Watch
@@ -59,10 +61,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class State:
-    """A module and its arrays."""
+    """A module and its arrays, and the files they lie in where they were written."""
 
     module: Module
     store: Store
+    files: tuple[Path, ...] = ()
 
     @property
     def side(self) -> evaluate.Side:
@@ -80,22 +83,31 @@ def optimize(
     text, calib = evaluation_text(source, settings), _hash_of(settings.calib)
     with clock.step("lower"):
         lowered = lower(source)
-        origin = State(lowered.module, Store(lowered.store))
-        start = _edited(origin, settings.ir)
-    text = text or _random_text(origin.module, settings)
+        edited = _edited(lowered.module, settings.ir)
+    text = text or _random_text(lowered.module, settings)
+    with clock.step("check"):
+        checked = check(lowered, source, text.ids(), seed=settings.seed)
+        lowered = replace(lowered, traced=None)  # the model's own program is large and has been compared
     with staged(out, settings.force) as work:
-        with clock.step("passes"), _scratch(work) as spool:
-            final, passes = run_passes(start, pipeline, text, spool, _watcher(settings))
-            with clock.step("weights", nbytes(final.module)) as advance:
-                final = _written(final, work / WEIGHTS, advance)
-        with clock.step("emit"):
-            program = emit(final.module, version=effc_version(), pipeline=str(pipeline))
-            files = write_texts(work, final.module, program, source.tokenizer)
-        with clock.step("evaluate", text.scored) as advance:
-            quality = _qualities(origin, final, text, advance)
-        with clock.step("tokens/s"), _scratch(work) as spool:
-            speeds = _speeds(origin, final, work, spool) if settings.speed else (None, None)
-        exactness = _exactness(pipeline, origin, start)
+        with _scratch(work) as spool:
+            origin = State(lowered.module, lowered.store)
+            if settings.speed:
+                with clock.step("read", nbytes(origin.module)) as advance:
+                    origin = _written(origin, spool / "input", advance)
+            with clock.step("passes"):
+                start = _start(origin, edited)
+                final, passes = run_passes(start, pipeline, text, spool, _watcher(settings))
+            with clock.step("write", nbytes(final.module)) as advance:
+                final = _placed(final, work, advance)
+                origin = final if final.module == origin.module else origin
+            with clock.step("emit"):
+                program = emit(final.module, version=effc_version(), pipeline=str(pipeline))
+                files = write_texts(work, final.module, program, source.tokenizer)
+            with clock.step("evaluate", text.scored) as advance:
+                quality = evaluate.compare(origin.side, final.side, text, advance)
+            with clock.step("tokens/s"):
+                speeds = _speeds(origin, final) if settings.speed else (None, None)
+        exactness = _exactness(pipeline, edited)
         report = Report(
             name=lowered.module.name,
             pipeline=str(pipeline),
@@ -105,7 +117,7 @@ def optimize(
             after=_side(final.module, quality[1], speeds[1]),
             passes=passes,
             text=_described(text),
-            notes=_notes(pipeline, settings, source, lowered.notes),
+            notes=[*_notes(pipeline, settings, source, lowered.notes), *checked],
             seconds=dict(clock.seconds),
             peak_bytes=peak_bytes(),
         )
@@ -119,13 +131,13 @@ def plan(source: Source, settings: Settings | None = None) -> Plan:
     settings = settings or Settings()
     pipeline = Pipeline.parse(settings.passes)
     lowered = lower(source)
-    origin = State(lowered.module, Store(lowered.store))
-    start = _edited(origin, settings.ir)
-    steps = runner.run(start.module, pipeline.ordered(), _watcher(settings))
-    after = steps[-1].after if steps else start.module
-    exactness, notes = _exactness(pipeline, origin, start), _notes(pipeline, settings, source, lowered.notes)
-    name = origin.module.name
-    return Plan(name, str(pipeline), str(exactness), side(origin.module), side(after), steps, notes)
+    edited = _edited(lowered.module, settings.ir)
+    start = edited or lowered.module
+    steps = runner.run(start, pipeline.ordered(), _watcher(settings))
+    after = steps[-1].after if steps else start
+    exactness, notes = _exactness(pipeline, edited), _notes(pipeline, settings, source, lowered.notes)
+    sizes = side(lowered.module), side(after)
+    return Plan(lowered.module.name, str(pipeline), str(exactness), *sizes, steps, notes)
 
 
 def transform(
@@ -161,10 +173,9 @@ def _with_arrays(step: Step, state: State, spool: Path) -> State:
     """The state after; arrays that cost work are made once and kept on disk."""
     store = step.made_by.weights(step.before, step.after, state.store)
     after = State(step.after, store)
-    if step.after == step.before or step.made_by.exactness < Exactness.LOSSY:
-        return after
-    spool.mkdir(parents=True)
-    return _written(after, spool / WEIGHTS)
+    if step.after == step.before:
+        return state
+    return after if step.made_by.exactness < Exactness.LOSSY else _written(after, spool)
 
 
 class _Probe:
@@ -203,24 +214,31 @@ def _watcher(settings: Settings) -> Watch:
     return runner.both(*watches, *([runner.printer(sys.stderr.write)] if settings.print_ir else []))
 
 
-def _exactness(pipeline: Pipeline, origin: State, start: State) -> Exactness:
+def _exactness(pipeline: Pipeline, edited: Module | None) -> Exactness:
     """That of the pipeline; a module edited by hand promises nothing."""
-    return pipeline.exactness() if start.module == origin.module else Exactness.LOSSY
+    return Exactness.LOSSY if edited else pipeline.exactness()
 
 
 # ---- a module edited by hand
 
 
-def _edited(origin: State, file: Path | None) -> State:
-    """The module of `file` with the arrays of `origin`, coded where its types say so."""
+def _edited(origin: Module, file: Path | None) -> Module | None:
+    """The module of `file`, its parameters those of `origin`, perhaps coded; EffcError where they are not."""
     if file is None:
-        return origin
+        return None
     module = artifact.read_module(file)
     runner.check_module(str(file), module)
     for name in module.params:
-        _check_param(file, origin.module, module, name)
-    made = coded(origin.module, module, origin.store, "mse")
-    return State(module, origin.store.replace(made, module))
+        _check_param(file, origin, module, name)
+    return module
+
+
+def _start(origin: State, edited: Module | None) -> State:
+    """What the passes begin with: the checkpoint's arrays, coded where an edited module says so."""
+    if edited is None:
+        return origin
+    made = coded(origin.module, edited, origin.store, "mse")
+    return State(edited, origin.store.replace(made, edited))
 
 
 def _check_param(file: Path, origin: Module, module: Module, name: str) -> None:
@@ -246,10 +264,19 @@ def _check_param(file: Path, origin: Module, module: Module, name: str) -> None:
 # ---- arrays on disk
 
 
-def _written(state: State, file: Path, advance: Any = None) -> State:
+def _written(state: State, folder: Path, advance: Any = None) -> State:
     """The same module, its arrays in a file."""
-    write_safetensors(file, state.module, state.store, progress=advance)
-    return State(state.module, open_safetensors(file, state.module))
+    folder.mkdir(parents=True, exist_ok=True)
+    files = write_safetensors(folder / WEIGHTS, state.module, state.store, progress=advance)
+    return State(state.module, open_safetensors(folder / WEIGHTS, state.module), tuple(files))
+
+
+def _placed(state: State, work: Path, advance: Any) -> State:
+    """The arrays in the artifact: moved there where they are on disk already."""
+    if not state.files:
+        return _written(state, work, advance)
+    files = tuple(file.rename(work / file.name) for file in state.files)
+    return State(state.module, open_safetensors(work / WEIGHTS, state.module), files)
 
 
 class _scratch:
@@ -291,19 +318,14 @@ def _random_text(module: Module, settings: Settings) -> Windows:
     return evaluate.random_windows(vocab, window=window, tokens=settings.eval_tokens, seed=settings.seed)
 
 
-def _qualities(origin: State, final: State, text: Windows, advance: Any) -> tuple[Quality, Quality]:
-    """Of both; measured once where nothing changed."""
-    return evaluate.compare(origin.side, final.side, text, advance)
-
-
-def _speeds(origin: State, final: State, work: Path, spool: Path) -> tuple[Speed, Speed]:
+def _speeds(origin: State, final: State) -> tuple[Speed, Speed]:
     """Of both, one process after the other; measured once where nothing changed."""
-    after = speed.measure(work)
+    after = speed.measure(final.files[0].parent)
     if origin.module == final.module:
         return after, after
-    artifact.write_module(spool, origin.module)
-    write_safetensors(spool / WEIGHTS, origin.module, origin.store)
-    return speed.measure(spool), after
+    folder = origin.files[0].parent
+    artifact.write_module(folder, origin.module)
+    return speed.measure(folder), after
 
 
 def _side(module: Module, quality: Quality, speed: Speed | None) -> Side:

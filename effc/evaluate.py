@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from effc.frontend.tokenizer import Tokenizer
 from effc.ir.core import Module
 from effc.ir.interpret import Piece, run_chunks
 from effc.ir.types import evaluate
+from effc.memory import give_back
 from effc.weights import Lazy
 
 Store = Mapping[str, Lazy]
 Side = tuple[Module, Store]
 
 WINDOW = 512
-SLICE_BYTES = 32 << 20
+SLICE_BYTES = 8 << 20
 """Logits worked on at a time."""
 
 
@@ -43,6 +45,10 @@ class Windows:
     nbytes: int | None = None
     sha256: str = ""
     source: str = ""
+
+    def ids(self) -> np.ndarray:
+        """All of it in one line, i32[n]."""
+        return np.concatenate([chunk[0] for chunk in self.chunks])
 
     @property
     def scored(self) -> int:
@@ -178,10 +184,17 @@ def _measure(
 
 def _together(sides: Sequence[Side], text: Windows) -> Iterator[tuple[int, int, list[jax.Array]]]:
     """Logits of the same tokens from every side, a slice at a time."""
-    streams = [_stream(side, text) for side in sides]
+    streams = [_primed(_stream(side, text)) for side in sides]
     for pieces in zip(*streams, strict=True):
         assert len({(p.chunk, p.start, p.logits.shape) for p in pieces}) == 1
         yield pieces[0].chunk, pieces[0].start, [p.logits for p in pieces]
+
+
+def _primed(stream: Iterator[Piece]) -> Iterator[Piece]:
+    """Run up to the first logits, then give back what the layers took: the next side needs it."""
+    first = next(stream)
+    give_back()
+    return chain([first], stream)
 
 
 def _stream(side: Side, text: Windows) -> Iterator[Piece]:

@@ -102,8 +102,14 @@ def _join(module: Module, func: Func, ops: list[Op]) -> Join:
         return Join(func.name, tuple(ops), w, None)
     biases = [module.params[op.params["bias"]] for op in ops if "bias" in op.params]
     width = w.type.shape[-1 if layout == "kn" else -2]
-    bias = replace(_made(f"{name}.bias", biases, Type(biases[0].type.dtype, (width,))), stack=w.stack)
+    bias = replace(_made(_bias_name(name), biases, Type(biases[0].type.dtype, (width,))), stack=w.stack)
     return Join(func.name, tuple(ops), w, bias)
+
+
+def _bias_name(w: str) -> str:
+    """`layers.attn.q_k_v.bias` beside `layers.attn.q_k_v.kernel`."""
+    head, dot, last = w.rpartition(".")
+    return f"{head}.bias" if dot and last in ("kernel", "w", "weight") else f"{w}.bias"
 
 
 def _made(name: str, parts: Sequence[Param], type_: Type) -> Param:
@@ -120,15 +126,23 @@ def _wide(types: Sequence[Type], axis: int) -> Type:
 
 
 def _name(names: list[str], module: Module) -> str:
-    """`layers.attn.q_k_v` from `layers.attn.q`, ...; numbered where that is taken."""
-    split = [name.split(".") for name in names]
-    same = 0
-    while same < min(map(len, split)) - 1 and len({words[same] for words in split}) == 1:
-        same += 1
-    name = ".".join([*split[0][:same], "_".join("_".join(words[same:]) for words in split)])
+    """`layers.attn.q_k_v.kernel` from `layers.attn.q.kernel`, ...: what is the same is said once."""
+    words = [name.split(".") for name in names]
+    head = _same(words)
+    tail = _same([w[head:][::-1] for w in words])
+    middle = "_".join("_".join(w[head : len(w) - tail]) for w in words)
+    name = ".".join([*words[0][:head], middle, *words[0][len(words[0]) - tail :]])
     while name in module.params:
         name += "_"
     return name
+
+
+def _same(words: list[list[str]]) -> int:
+    """How many words are the same at the start of all, each keeping one of its own."""
+    count = 0
+    while count < min(map(len, words)) - 1 and len({w[count] for w in words}) == 1:
+        count += 1
+    return count
 
 
 def _joined(func: Func, join: Join) -> Func:

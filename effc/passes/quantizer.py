@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
@@ -19,45 +18,60 @@ Method = Literal["absmax", "mse"]
 BLOCK = 1 << 16
 """Elements worked on at a time: a block and its temporaries stay in a core's cache."""
 
+Block = tuple[slice, slice, slice]
+
 GRID = (0.82, 0.87, 0.92, 0.97, 1.02, 1.07)
 """Scales tried by `mse`, as fractions of the one that just reaches the group's extreme value."""
 
 
 def quantize(array: Array, quant: Quant, method: Method, where: str) -> Arrays:
     """Codes, scales and zeros of `array` as they are stored; EffcError for what cannot be coded."""
-    x = np.asarray(array, np.float32)
-    if not np.isfinite(np.float32(np.max(np.abs(x)) if x.size else 0)):
-        raise EffcError(f"{where}: holds NaN or infinity, want finite weights to quantize")
+    x = np.asarray(array)
+    if x.ndim != 2:
+        raise EffcError(f"{where}: has {x.ndim} axes, want a matrix to quantize")
+    if not x.size or not np.isfinite([np.float32(x.max()), np.float32(x.min())]).all():
+        raise EffcError(f"{where}: is empty or holds NaN or infinity, want finite weights to quantize")
     grouped = _grouped(x, quant)
-    codes = np.empty(grouped.shape, np.int8)
+    codes = np.empty(_whole(x.shape, quant), np.int8)
+    coded = _grouped(codes, quant)  # a view: what is written there is in `codes`
     scales = np.empty((grouped.shape[0], 1, grouped.shape[2]), np.float32)
     zeros = np.zeros_like(scales)
 
-    def work(rows: slice) -> None:
-        codes[rows], scales[rows], zeros[rows] = _block(grouped[rows], quant, method)
+    def work(block: Block) -> None:
+        here = np.ascontiguousarray(grouped[block], np.float32)
+        coded[block], scales[block], zeros[block] = _block(here, quant, method)
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(work, _rows(grouped.shape)))
+        list(pool.map(work, _blocks(grouped.shape)))
     if not np.isfinite(scales.astype(NUMPY[quant.scale])).all():
         raise EffcError(f"{where}: weights too large for {quant.scale} scales, want scale=f32")
     return _stored(codes, scales, zeros, quant, x.shape)
 
 
+def _whole(shape: tuple[int, ...], quant: Quant) -> tuple[int, ...]:
+    """`shape` with the coded axis filled up to whole groups."""
+    out, group = list(shape), quant.group or shape[quant.axis]
+    out[quant.axis] = -(-shape[quant.axis] // group) * group
+    return tuple(out)
+
+
 def _grouped(x: Array, quant: Quant) -> Array:
-    """[groups, codes in a group, the rest]: the coded axis cut, zeros after it where it does not divide."""
-    moved = np.moveaxis(x, quant.axis, 0)
-    extent = moved.shape[0]
-    group = quant.group or extent
-    short = -extent % group
-    if short:
-        moved = np.concatenate([moved, np.zeros((short, *moved.shape[1:]), x.dtype)])
-    return np.ascontiguousarray(moved).reshape(moved.shape[0] // group, group, -1)
+    """[groups, codes in a group, the rest] as a view; a copy, zeros at its end, where groups leave a rest."""
+    whole = _whole(x.shape, quant)
+    if whole != x.shape:
+        x = np.pad(x, [(0, size - was) for size, was in zip(whole, x.shape, strict=True)])
+    moved = np.moveaxis(x, quant.axis, 0).reshape(whole[quant.axis], -1)
+    return moved.reshape(-1, quant.group or whole[quant.axis], moved.shape[1])
 
 
-def _rows(shape: tuple[int, ...]) -> Iterator[slice]:
-    step = max(1, BLOCK // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0], step):
-        yield slice(start, start + step)
+def _blocks(shape: tuple[int, ...]) -> Iterator[Block]:
+    """Cuts of groups and of the rest, each of about `BLOCK` elements."""
+    groups, group, rest = shape
+    wide = max(1, min(rest, BLOCK // group))
+    many = max(1, BLOCK // (group * wide))
+    for start in range(0, groups, many):
+        for left in range(0, rest, wide):
+            yield slice(start, start + many), slice(None), slice(left, left + wide)
 
 
 def _block(x: Array, quant: Quant, method: Method) -> tuple[Array, Array, Array]:
@@ -104,7 +118,7 @@ def _asymmetric(x: Array, quant: Quant) -> tuple[Array, Array, Array]:
 
 
 def _least_squares(x: Array, quant: Quant) -> tuple[Array, Array]:
-    """Of a grid of scales the one of least squared error; the extreme value is on the side with a code more."""
+    """Of a grid of scales the one of least squared error; the extreme value is on the side with more codes."""
     best, scale = _absmax(x, quant)
     error = _error(x, best, scale)
     extreme = np.where(
@@ -135,15 +149,14 @@ def _error(x: Array, codes: Array, scale: Array) -> Array:
 
 
 def _stored(codes: Array, scales: Array, zeros: Array, quant: Quant, shape: tuple[int, ...]) -> Arrays:
-    """Back to the parameter's own axes, padding cut, packed."""
+    """Cut to the parameter's own shape, packed."""
     axis = quant.axis % len(shape)
     rest = (*shape[:axis], *shape[axis + 1 :])
-    whole = np.moveaxis(codes.reshape(-1, *rest)[: shape[axis]], 0, axis)
+    cut = np.take(codes, range(shape[axis]), axis) if codes.shape != shape else codes
 
     def small(values: Array) -> Array:
-        return np.ascontiguousarray(
-            np.moveaxis(values.reshape(-1, *rest), 0, axis).astype(NUMPY[quant.scale])
-        )
+        moved = np.moveaxis(values.reshape(-1, *rest), 0, axis)
+        return np.ascontiguousarray(moved.astype(NUMPY[quant.scale]))
 
-    stored = pack(whole) if quant.bits <= 4 else np.ascontiguousarray(whole)
+    stored = pack(cut) if quant.bits <= 4 else cut
     return {"codes": stored, "scales": small(scales)} | ({} if quant.sym else {"zeros": small(zeros)})
