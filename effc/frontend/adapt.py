@@ -44,6 +44,8 @@ REQUIRED: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 TRANSIENT = ("cache", "intermediates", "losses", "metrics")
 """Linen collections that one full forward pass neither needs nor keeps."""
 
+STATISTICS = "{}: the module keeps running statistics (batch norm), want a model whose only trained state is parameters"
+
 PROBE = (1, 8)  # batch, length of the tokens a module is shaped with
 
 
@@ -57,7 +59,7 @@ def from_linen(
     wanted = as_spec(variables["params"])
     if spec is not None:
         check_spec(flatten(as_spec(spec)), flatten(wanted), where)
-    constants = _linen_constants(module, arguments, variables)
+    constants = _linen_constants(module, arguments, variables, where)
 
     def forward(params: PyTree, tokens: jax.Array) -> jax.Array:
         out = module.apply({"params": params, **constants}, tokens, **arguments(tokens))
@@ -75,6 +77,8 @@ def from_nnx(build: nnx.Module | Callable[[], nnx.Module], where: str = "model")
     graph, params, randoms, others = nnx.split(model, nnx.Param, nnx.RngState, ...)
     leaves = {"/".join(str(key) for key in path): (path, variable) for path, variable in params.flat_state()}
     spec = unflatten({name: variable.get_value() for name, (_, variable) in leaves.items()})
+    if any(isinstance(variable, nnx.BatchStat) for _, variable in others.flat_state()):
+        raise EffcError(STATISTICS.format(where))
     if not isinstance(build, nnx.Module) and jax.tree.leaves(others):
         others = _computed(build)
     randoms = jax.tree.map(_seed, randoms)
@@ -170,10 +174,12 @@ def _linen_shapes(
 
 
 def _linen_constants(
-    module: linen.Module, arguments: Callable[..., Any], variables: Mapping[str, Any]
+    module: linen.Module, arguments: Callable[..., Any], variables: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
     """Collections beside params, computed alone: XLA drops the parameters' initialisation."""
     names = [name for name in variables if name != "params" and name not in TRANSIENT]
+    if "batch_stats" in names:
+        raise EffcError(STATISTICS.format(where))
     if not names:
         return {}
     tokens = jnp.zeros(PROBE, jnp.int32)

@@ -133,7 +133,17 @@ def _transpose(graph: Graph, op: Op) -> str | None:
     if source and source.kind == "lax.transpose":
         inner = _ints(source.attrs["permutation"])
         return transposed(graph, source.inputs[0], tuple(inner[i] for i in order), op)
-    return None
+    return _scaled_later(graph, op, source)
+
+
+def _scaled_later(graph: Graph, op: Op, source: Op | None) -> str | None:
+    """transpose(x * c) -> transpose(x) * c: factors move on, where the op that can take them stands."""
+    if source is None or source.kind not in {"lax.mul", "lax.div"} or graph.type(source.inputs[1]).shape:
+        return None
+    if literal(graph, source.inputs[1]) is None:
+        return None
+    moved = transposed(graph, source.inputs[0], _ints(op.attrs["permutation"]), op)
+    return graph.one(source.kind, [moved, source.inputs[1]], op.out.type, source.loc)
 
 
 def _slice(graph: Graph, op: Op) -> str | None:

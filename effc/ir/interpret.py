@@ -44,6 +44,7 @@ class Context:
     cache: dict[str, tuple[Array, ...]] | None = None  # by op and run of its block; None: no earlier tokens
     capacity: int = 0
     run: str = ""  # which run of a block this is
+    weights: Mapping[str, Weight] = field(default_factory=dict[str, Weight])  # by name: what regions read
 
 
 def concrete(attr: Attr | Ref, sizes: Sizes) -> Any:
@@ -113,17 +114,16 @@ def _attention(
 ) -> Sequence[Array]:
     q, k, v, *extra = operands
     attrs = {key: value for key, value in attrs.items() if key != "mask"}
-    bias = _bias(op.regions["bias"], extra, weights, context) if "bias" in op.regions else None
+    bias = _bias(op.regions["bias"], extra, context) if "bias" in op.regions else None
     k, v = _kept(op, (k, v), context)
     return [layers.attention(q, k, v, context.positions, bias, **attrs)]
 
 
-def _bias(region: Func, extra: Sequence[Array], weights: Mapping[str, Weight], context: Context) -> Any:
+def _bias(region: Func, extra: Sequence[Array], context: Context) -> Any:
     """The region as a function of three scalars; further inputs are bound now."""
 
     def bias(i: Array, j: Array, h: Array) -> Array:
-        named = {role: weights[role] for role in weights}
-        (out,) = evaluate_func(region, (i, j, h, *extra), named, context)
+        (out,) = evaluate_func(region, (i, j, h, *extra), context.weights, context)
         return out
 
     return bias
@@ -156,7 +156,7 @@ def _window(op: Op, operands: Sequence[Array], weights: Any, attrs: Any, context
 
     def row(*rows: Array) -> tuple[Array, ...]:
         inner = Context(sizes, jnp.arange(whole, dtype=jnp.int32)[None])
-        return tuple(evaluate_func(body, [r[None] for r in rows], weights, inner))
+        return tuple(evaluate_func(body, [r[None] for r in rows], context.weights, inner))
 
     outs = [jnp.stack(parts) for parts in zip(*(row(*(k[i] for k in kept)) for i in range(kept[0].shape[0])))]
     index = context.positions
@@ -173,6 +173,7 @@ def evaluate_func(
 ) -> list[Array]:
     """Results of a function without `repeat`; `weights` has every parameter its ops name."""
     values = {value.name: x for value, x in zip(func.inputs, operands, strict=True)}
+    context.weights = weights
     for op in func.ops:
         mine = {role: weights[name] for role, name in op.params.items()}
         results = apply(op, [values[name] for name in op.inputs], mine, context)
@@ -290,9 +291,18 @@ def _step(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence[_
     if op.kind == "repeat":
         _repeat(module, store, op, states)
         return
-    weights = {role: weight(store[name], 0) for role, name in op.params.items()}
+    held = {name: weight(store[name], 0) for name in params_of([op])}
+    weights = {role: held[name] for role, name in op.params.items()}
     for state in states:
+        state.context.weights = held
         _apply_in(op, weights, state)
+        state.context.weights = {}
+
+
+def params_of(ops: Sequence[Op]) -> list[str]:
+    """Parameters that ops read, regions included."""
+    inner = [p for op in ops for region in op.regions.values() for p in params_of(region.ops)]
+    return list(dict.fromkeys([*(p for op in ops for p in op.params.values()), *inner]))
 
 
 def _apply_in(op: Op, weights: Mapping[str, Weight], state: _State) -> None:
@@ -304,7 +314,7 @@ def _repeat(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence
     ref, times, carry = op.attrs["block"], op.attrs["times"], op.attrs.get("carry", 1)
     assert isinstance(ref, Ref) and isinstance(times, int) and isinstance(carry, int)
     block = module.funcs[ref.name]
-    names = dict.fromkeys(name for inner in block.ops for name in inner.params.values())
+    names = params_of(block.ops)
     shared = {name: weight(store[name], 0) for name in names if not module.params[name].stack}
     carried = [[state.values[name] for name in op.inputs] for state in states]
     compiled = _compiled(block)

@@ -33,7 +33,7 @@ FORMAT = 1
 KEYS = ("format", "module", "config", "params", "tokenizer", "dtype", "context")
 
 # Saved beside the parameters by training code, used by no forward pass.
-TRAINING_STATE = r"(^|[/.])(opt_state|step|rngs?|key|count|batch_stats|loss_scale)([/.]|$)"
+TRAINING_STATE = r"(^|[/.])(opt_state|step|rngs?|key|count|loss_scale)([/.]|$)"
 
 
 def open_folder(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from effc.frontend.graph import Graph
-from effc.frontend.simplify import reshaped, transposed
+from effc.frontend.simplify import literal, reshaped, transposed
 from effc.ir.core import Attr, Func, Op
 from effc.ir.ops import ELEMENTWISE
 from effc.ir.tokens import token_axes
@@ -95,7 +95,9 @@ def _softmax(graph: Graph, name: str) -> Softmax | None:
 
 def _is_max(graph: Graph, name: str, z: str) -> bool:
     """Whether `name` is the same number for a whole row: then it cancels, whatever it is."""
-    op = graph.op(peel(graph, name, {"lax.reshape", "lax.broadcast_in_dim", "lax.convert_element_type", "lax.max"}))
+    op = graph.op(
+        peel(graph, name, {"lax.reshape", "lax.broadcast_in_dim", "lax.convert_element_type", "lax.max"})
+    )
     return op is not None and op.kind == "lax.reduce_max"
 
 
@@ -169,7 +171,9 @@ class _Product:
     k_roles: Roles
 
 
-def _build(graph: Graph, out: Op, side: int, soft: Softmax, scores: Op, form: tuple[dict[str, Attr], Func | None]) -> str:
+def _build(
+    graph: Graph, out: Op, side: int, soft: Softmax, scores: Op, form: tuple[dict[str, Attr], Func | None]
+) -> str:
     value_side = 1 - side
     key_axis = len(graph.type(soft.p).shape) - 1
     contract = out.attrs["contract"]
@@ -188,7 +192,8 @@ def _build(graph: Graph, out: Op, side: int, soft: Softmax, scores: Op, form: tu
     v = _four(graph, out.inputs[value_side], v_roles, v_roles.width)
     k, v = _unrepeated(graph, k), _unrepeated(graph, v)
     k, v = _same_heads(graph, k, v)
-    attrs, region = form
+    q, k, factor = _unscaled(graph, q, k)
+    attrs, region = _scaled(form[0], factor), form[1]
     h, e = graph.type(q).shape[2], graph.type(v).shape[3]
     regions = {"bias": region} if region else {}
     (made,) = graph.add(
@@ -230,7 +235,11 @@ def _as_product(graph: Graph, made: str, out: Op, side: int, q: Roles, q_type: T
     assert isinstance(batch, tuple) and isinstance(batch[side], tuple)
     # axes of p: those of the scores; each is b, t(query), t(key), or heads in the order q had them
     kept = [a for a in batch[side]] + [a for a in range(len(p_shape) - 1) if a not in batch[side]]  # type: ignore[operator]
-    width = list(shape[len(kept) :]) if side == 0 else list(shape[len(batch[side]) : len(shape) - (len(kept) - len(batch[side]))])
+    width = (
+        list(shape[len(kept) :])
+        if side == 0
+        else list(shape[len(batch[side]) : len(shape) - (len(kept) - len(batch[side]))])
+    )
     merged = divide(next(s for s in p_shape if depends(s, "b")), B) or 1
     head_axes = [a for a in range(len(p_shape) - 1) if not isinstance(p_shape[a], Dim)]
     split = [B, T, *([merged] if merged != 1 else []), *(p_shape[a] for a in head_axes), *width]
@@ -258,6 +267,46 @@ def _axis_of(a: int, shape: Sequence[Size], place: dict[int, int], merged: Size)
     if depends(shape[a], "b"):
         return [0] if merged == 1 else [0, 2]
     return [1]
+
+
+def _unscaled(graph: Graph, q: str, k: str) -> tuple[str, str, float]:
+    """Queries and keys without a number they are multiplied by, and that number."""
+    factor = 1.0
+    names: list[str] = []
+    for name in (q, k):
+        op = graph.op(_unmoved(graph, name))
+        value = literal(graph, op.inputs[1]) if op and op.kind in {"lax.mul", "lax.div"} else None
+        if (
+            op is not None
+            and value
+            and not graph.type(op.inputs[1]).shape
+            and graph.type(name).dtype == "f32"
+        ):
+            factor *= float(value) if op.kind == "lax.mul" else 1 / float(value)
+            name = _moved_like(graph, name, op.inputs[0])
+        names.append(name)
+    return names[0], names[1], factor
+
+
+def _unmoved(graph: Graph, name: str) -> str:
+    return peel(graph, name, {"lax.transpose", "lax.reshape"})
+
+
+def _moved_like(graph: Graph, name: str, base: str) -> str:
+    """`base` through the transposes and reshapes that end in `name`."""
+    chain: list[Op] = []
+    op = graph.op(name)
+    while op is not None and op.kind in {"lax.transpose", "lax.reshape"}:
+        chain.append(op)
+        op = graph.op(op.inputs[0])
+    for step in reversed(chain):
+        base = graph.one(step.kind, [base], step.out.type, step.loc, **step.attrs)  # type: ignore[arg-type]
+    return base
+
+
+def _scaled(attrs: dict[str, Attr], factor: float) -> dict[str, Attr]:
+    scale = float(str(np.float32(float(attrs.get("scale", 1.0)) * factor)))  # type: ignore[arg-type]
+    return {k: v for k, v in {**attrs, "scale": scale}.items() if k != "scale" or v != 1.0}
 
 
 # -- repeated heads -------------------------------------------------------------------------------------

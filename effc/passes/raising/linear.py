@@ -51,7 +51,9 @@ def parameter_view(graph: Graph, name: str) -> tuple[Param, Axes] | None:
     return param, order or tuple(range(len(param.type.shape)))
 
 
-def _replace(graph: Graph, op: Op, side: int, weight: tuple[Param, Axes], contract: tuple[Axes, Axes]) -> None:
+def _replace(
+    graph: Graph, op: Op, side: int, weight: tuple[Param, Axes], contract: tuple[Axes, Axes]
+) -> None:
     param, order = weight
     x = op.inputs[1 - side]
     pairs = sorted(zip(contract[side], contract[1 - side], strict=True), key=lambda pair: order[pair[0]])
@@ -62,7 +64,9 @@ def _replace(graph: Graph, op: Op, side: int, weight: tuple[Param, Axes], contra
     matrix, layout = _matrix(graph, param, summed, kept)
     shape_x, sizes = graph.type(x).shape, param.type.shape
     rows = transposed(graph, x, (*free_x, *(a for _, a in pairs)), op)
-    rows = reshaped(graph, rows, (*(shape_x[a] for a in free_x), product(tuple(sizes[a] for a in summed))), op)
+    rows = reshaped(
+        graph, rows, (*(shape_x[a] for a in free_x), product(tuple(sizes[a] for a in summed))), op
+    )
     flat: tuple[Size, ...] = (*(shape_x[a] for a in free_x), product(tuple(sizes[a] for a in kept)))
     attrs = {} if layout == "kn" else {"layout": "nk"}
     (y,) = graph.add(
@@ -173,7 +177,11 @@ def _rows(graph: Graph, op: Op) -> None:
         return
     param, ids = table[0], graph.type(op.inputs[1])
     width = param.type.shape[1]
-    whole = op.attrs["slice_sizes"] == (1, width) and op.attrs["collapsed"] == (0,) and op.attrs["index_map"] == (0,)
+    whole = (
+        op.attrs["slice_sizes"] == (1, width)
+        and op.attrs["collapsed"] == (0,)
+        and op.attrs["index_map"] == (0,)
+    )
     rank = len(ids.shape) - 1
     if not whole or ids.shape[-1] != 1 or op.attrs["offset"] != (rank,) or "batch" in op.attrs:
         return

@@ -96,8 +96,10 @@ def _unsquared(graph: Graph, name: str) -> str:
 
 def _is_mean_of(graph: Graph, mean: str, x: str) -> bool:
     op = graph.op(peel(graph, mean, SHAPING | {"lax.div", "lax.mul"}))
-    return op is not None and op.kind == "lax.reduce_sum" and peel(graph, op.inputs[0], SHAPING) == peel(
-        graph, x, {"lax.convert_element_type"}
+    return (
+        op is not None
+        and op.kind == "lax.reduce_sum"
+        and peel(graph, op.inputs[0], SHAPING) == peel(graph, x, {"lax.convert_element_type"})
     )
 
 

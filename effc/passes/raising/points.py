@@ -68,7 +68,8 @@ class _Mask:
             attrs["window"] = window
         if cap:
             attrs["softcap"] = cap
-        return attrs, _linear_bias(self.graph, bias, visible)
+        region = _linear_bias(self.graph, bias, visible)
+        return (attrs | {"mask": "region"} if region else attrs), region
 
     def _small(self) -> tuple[np.ndarray, np.ndarray]:
         """Visibility [n,n] and bias [heads,n,n] of the first positions; later keys must be hidden."""
@@ -86,7 +87,14 @@ class _Mask:
     def _window(self) -> int:
         """How many keys up to its own a query sees; 0 for all."""
         last = self.context - 1
-        some = sorted({*range(min(24, self.context)), *(2**p + d for p in range(5, 20) for d in (-1, 0, 1)), last // 3, last})
+        some = sorted(
+            {
+                *range(min(24, self.context)),
+                *(2**p + d for p in range(5, 20) for d in (-1, 0, 1)),
+                last // 3,
+                last,
+            }
+        )
         queries = np.array([i for i in some if i <= last])
         keys = np.arange(self.context)
         seen = np.stack([self._at(0.0, 0, i, keys) > HIDDEN for i in queries])
@@ -102,7 +110,12 @@ class _Mask:
         """Scale and soft cap: how z answers to the score."""
         grid = np.array([-300.0, -30, -3, -1, -1e-2, 1e-2, 1, 3, 30, 300], np.float32)
         z = np.array([float(self._at(s, 0, 5, 2)) - float(self._at(0.0, 0, 5, 2)) for s in grid])
-        other = np.array([float(self._at(s, self.heads - 1, 9, 9)) - float(self._at(0.0, self.heads - 1, 9, 9)) for s in grid])
+        other = np.array(
+            [
+                float(self._at(s, self.heads - 1, 9, 9)) - float(self._at(0.0, self.heads - 1, 9, 9))
+                for s in grid
+            ]
+        )
         if not np.allclose(z, other, rtol=1e-4, atol=1e-4):
             raise Unseen("the scale of the scores depends on the position or head")
         scale = _short((z[6] - z[3]) / 2)
@@ -191,7 +204,9 @@ class _At:
             raise Unseen(f"no rule for a point of '{op.kind}' {op.loc or ''}")
         key = ("whole", name)
         if key not in self.memo:
-            params = {p: self.graph.constants[self.graph.params[p].path] for o in ops for p in o.params.values()}
+            params = {
+                p: self.graph.constants[self.graph.params[p].path] for o in ops for p in o.params.values()
+            }
             self.memo[key] = run_region(self.graph, [name], {}, self.sizes, params)[0]
         return self.memo[key][tuple(index)] if index else self.memo[key]
 
@@ -279,7 +294,9 @@ def _linear_bias(graph: Graph, bias: np.ndarray, visible: np.ndarray) -> Func | 
     rise = np.diff(bias, axis=-1)
     both = visible[:, 1:] & visible[:, :-1]
     slopes = rise[:, -1, 0] if visible[-1, 0] else rise[:, -1, -1]
-    if not np.allclose(np.where(both, rise, 0), np.where(both, slopes[:, None, None], 0), rtol=1e-3, atol=1e-6):
+    if not np.allclose(
+        np.where(both, rise, 0), np.where(both, slopes[:, None, None], 0), rtol=1e-3, atol=1e-6
+    ):
         raise Unseen("the bias of the scores is not linear in the key's position")
     return _alibi(graph, slopes.astype(np.float32)) if np.any(slopes) else None
 

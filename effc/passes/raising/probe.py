@@ -26,7 +26,9 @@ def run_region(
     for name, x in feeds.items():
         dtype = NUMPY[str(graph.type(name).dtype)]
         values[graph.find(name)] = jnp.asarray(x, dtype)
-    context = Context(dict(sizes), jnp.broadcast_to(jnp.arange(sizes["t"], dtype=jnp.int32), (sizes["b"], sizes["t"])))
+    context = Context(
+        dict(sizes), jnp.broadcast_to(jnp.arange(sizes["t"], dtype=jnp.int32), (sizes["b"], sizes["t"]))
+    )
     for op in region(graph, roots, set(values)):
         weights = {role: jnp.asarray((params or {})[name]) for role, name in op.params.items()}
         results = apply(op, [values[i] for i in op.inputs], weights, context)
@@ -34,8 +36,8 @@ def run_region(
     return [np.asarray(values[graph.find(r)].astype(jnp.float32)) for r in roots]
 
 
-def region(graph: Graph, roots: Iterable[str], stop: Iterable[str]) -> list[Op]:
-    """Ops that compute `roots` from the values in `stop`, in order."""
+def region(graph: Graph, roots: Iterable[str], stop: Iterable[str], limit: int = 1 << 30) -> list[Op]:
+    """Ops that compute `roots` from the values in `stop`, in order; more than `limit` are cut off."""
     done = {graph.find(name) for name in stop}
     ordered: list[Op] = []
     stack: list[tuple[str, bool]] = [(graph.find(r), False) for r in roots]
@@ -48,6 +50,8 @@ def region(graph: Graph, roots: Iterable[str], stop: Iterable[str]) -> list[Op]:
             done.update(v.name for v in op.outputs)
             ordered.append(op)
             continue
+        if len(ordered) + len(stack) > 2 * limit:
+            return [*ordered, *(op for _ in range(limit + 1))]
         stack.append((name, True))
         stack.extend((i, False) for i in reversed(op.inputs) if i not in done)
     return ordered
@@ -60,7 +64,9 @@ def signature(graph: Graph, roots: Sequence[str], feeds: Sequence[str]) -> str:
     for op in region(graph, roots, names):
         params = ",".join(str(graph.params[p].type) for p in op.params.values())
         operands = ",".join(names.get(i, f"?{i}") for i in op.inputs)
-        lines.append(f"{op.kind}({operands})[{params}]{sorted(op.attrs.items(), key=str)}->{op.outputs[0].type}")
+        lines.append(
+            f"{op.kind}({operands})[{params}]{sorted(op.attrs.items(), key=str)}->{op.outputs[0].type}"
+        )
         names.update((v.name, f"${len(lines)}.{k}") for k, v in enumerate(op.outputs))
     return "\n".join([*lines, ",".join(names.get(graph.find(r), "?") for r in roots)])
 
@@ -83,4 +89,6 @@ def close(x: np.ndarray, y: np.ndarray, tolerance: float = 2e-5) -> bool:
     """Equal to a part of the range; arrays that are not finite never are."""
     if x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
         return False
-    return bool(np.max(np.abs(x - y), initial=0.0) <= tolerance * max(1e-3, float(np.max(np.abs(y), initial=0.0))))
+    return bool(
+        np.max(np.abs(x - y), initial=0.0) <= tolerance * max(1e-3, float(np.max(np.abs(y), initial=0.0)))
+    )

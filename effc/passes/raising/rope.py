@@ -65,7 +65,9 @@ def _raise(
             tables[found] = _table(graph, positions, found)
         attrs: dict[str, Attr] = {} if found.style == "half" else {"style": found.style}
         op = graph.op(y)
-        (made,) = graph.add("rope", [x, *tables[found]], graph.type(y), attrs=attrs, loc=op.loc if op else None)
+        (made,) = graph.add(
+            "rope", [x, *tables[found]], graph.type(y), attrs=attrs, loc=op.loc if op else None
+        )
         graph.become(y, made)
         return
 
@@ -88,11 +90,13 @@ def _sources(graph: Graph, y: str, positions: str, deps: dict[str, Dep]) -> Iter
 
 def _only(graph: Graph, y: str, x: str, positions: str, deps: dict[str, Dep]) -> bool:
     """Whether y is made of x, positions and constants, and of positions at all."""
-    ops = region(graph, [y], [x, positions])
+    ops = region(graph, [y], [x, positions], limit=60)
+    if len(ops) > 60:
+        return False
     made = {v.name for op in ops for v in op.outputs} | {x, positions}
     closed = all(i in made for op in ops for i in op.inputs)
-    plain = all(op.kind in MOVES | {"const", "param", "lax.dot_general", "lax.iota"} for op in ops)
-    return closed and plain and any(positions in op.inputs for op in ops) and len(ops) < 60
+    plain = all(op.kind in MOVES or deps.get(op.outputs[0].name, Dep.TOKENS) < Dep.TOKENS for op in ops)
+    return closed and plain and any(positions in op.inputs for op in ops)
 
 
 def _rotation(graph: Graph, x: str, y: str, positions: str, context: int) -> Rotation | None:
@@ -125,7 +129,9 @@ def _maps(graph: Graph, x: str, y: str, positions: str, width: int, at: np.ndarr
             params[name] = graph.constants[graph.params[name].path]
     feeds = {x: eye, positions: np.broadcast_to(at, (width, len(at)))}
     out, twice = (run_region(graph, [y], {**feeds, x: eye * k}, sizes, params)[0] for k in (1, 2))
-    if not np.allclose(twice, 2 * out, atol=1e-5) or not np.array_equal(out, np.broadcast_to(out[:, :, :1], out.shape)):
+    if not np.allclose(twice, 2 * out, atol=1e-5) or not np.array_equal(
+        out, np.broadcast_to(out[:, :, :1], out.shape)
+    ):
         return None
     return out[:, :, 0].transpose(1, 0, 2)
 

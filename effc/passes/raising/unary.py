@@ -82,7 +82,7 @@ def _sources(graph: Graph, anchor: Op) -> Iterator[str]:
 
 def _results(graph: Graph, anchor: Op, x: str, users: dict[str, list[Op]]) -> Iterator[str]:
     """Values made of the anchor, x and literals alone, furthest first."""
-    inside = {op.outputs[0].name for op in region(graph, [anchor.outputs[0].name], [x])} | {x}
+    inside = {op.outputs[0].name for op in region(graph, [anchor.outputs[0].name], [x], limit=REACH)} | {x}
     if len(inside) > REACH or not _closed(graph, anchor.outputs[0].name, x):
         return
     found: list[str] = []
@@ -101,7 +101,7 @@ def _results(graph: Graph, anchor: Op, x: str, users: dict[str, list[Op]]) -> It
 
 def _closed(graph: Graph, name: str, x: str) -> bool:
     """Whether `name` is an elementwise formula of x and literals."""
-    ops = region(graph, [name], [x])
+    ops = region(graph, [name], [x], limit=REACH + 6)
     if len(ops) > REACH + 6:
         return False
     plain = all(op.kind in ELEMENTWISE or op.kind == "const" for op in ops)
