@@ -44,7 +44,7 @@ REQUIRED: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 TRANSIENT = ("cache", "intermediates", "losses", "metrics")
 """Linen collections that one full forward pass neither needs nor keeps."""
 
-STATISTICS = "{}: the module keeps running statistics (batch norm), want a model whose only trained state is parameters"
+STATISTICS = "{}: the module keeps running statistics (batch norm), want parameters as its only trained state"
 
 PROBE = (1, 8)  # batch, length of the tokens a module is shaped with
 

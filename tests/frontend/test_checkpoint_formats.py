@@ -216,6 +216,15 @@ def test_parameters_of_another_module(change: dict, words: str) -> None:
         from_linen(linen.Embed(4, 3), change)
 
 
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_running_statistics_are_refused(kind: str) -> None:
+    """They are trained too, and would be taken for constants as initialised."""
+    layers = nnx.Sequential(nnx.Embed(16, 8, rngs=nnx.Rngs(0)), nnx.BatchNorm(8, rngs=nnx.Rngs(0)))
+    plain = linen.Sequential([linen.Embed(16, 8), linen.BatchNorm(use_running_average=True)])
+    with pytest.raises(EffcError, match="running statistics"):
+        from_nnx(layers) if kind == "nnx" else from_linen(plain)
+
+
 def test_a_module_in_memory_stays_in_its_mode() -> None:
     model = nnx.Sequential(
         nnx.Embed(16, 8, rngs=nnx.Rngs(0)),
