@@ -28,7 +28,9 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.constant(1 - self.offset), (x.shape[-1],), self.dtype)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        scale = scale.astype(jnp.float32) + self.offset
+        scale = scale.astype(jnp.float32)
+        if self.offset:
+            scale = scale + self.offset
         return (x * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
 
 

@@ -19,8 +19,9 @@ class Rope:
         """x [B,T,H,D] rotated by its position on axis 1; computed in float32."""
         positions = jnp.arange(x.shape[1], dtype=jnp.float32)
         angles = jnp.outer(positions, jnp.array(self.inv_freq, jnp.float32))  # [T,D/2]
-        cos = (jnp.cos(angles) * self.scale)[None, :, None, :]
-        sin = (jnp.sin(angles) * self.scale)[None, :, None, :]
+        cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
+        if self.scale != 1:
+            cos, sin = cos * self.scale, sin * self.scale
         lo, hi = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return jnp.concatenate([lo * cos - hi * sin, hi * cos + lo * sin], axis=-1).astype(x.dtype)
 
