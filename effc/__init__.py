@@ -4,7 +4,7 @@
     report = effc.optimize("examples/stdlib12/model.ckpt", "out", "quant4")
 
 `load` takes a checkpoint, or a Linen or NNX module with its parameters; `optimize` writes an artifact;
-`open_model` opens a checkpoint or artifact; `parse` and `dump` turn IR into text and back.
+`Generator.open` and `open_model` open either; `parse` and `dump` turn IR into text and back.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from effc.driver import Settings
     from effc.frontend import lower
     from effc.frontend.checkpoints import save_checkpoint
+    from effc.generator import Generator
     from effc.ir import Module, dump, parse
     from effc.opened import open_model
     from effc.passes import PASSES
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Artifact": "effc.artifact",
+    "Generator": "effc.generator",
     "Module": "effc.ir",
     "PASSES": "effc.passes",
     "Pipeline": "effc.pipeline",
@@ -55,6 +57,6 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "PASSES", "Artifact", "EffcError", "Module", "Pipeline", "Report", "Settings", "dump", "load", "lower",
-    "open_model", "optimize", "parse", "save_checkpoint",
+    "PASSES", "Artifact", "EffcError", "Generator", "Module", "Pipeline", "Report", "Settings", "dump",
+    "load", "lower", "open_model", "optimize", "parse", "save_checkpoint",
 ]  # fmt: skip
