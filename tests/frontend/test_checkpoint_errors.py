@@ -99,6 +99,12 @@ def test_safetensors_that_is_something_else(folder: Callable[..., Path]) -> None
     refused(path, "no safetensors header")
 
 
+def test_safetensors_with_a_damaged_header(folder: Callable[..., Path]) -> None:
+    path = folder()
+    (path / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b'{"a": 3}')
+    refused(path, "damaged safetensors header")
+
+
 def test_wrong_shape(folder: Callable[..., Path]) -> None:
     path = folder(lambda a: a.update({"model.norm.weight": np.ones(9, np.float32)}))
     refused(path, "'model.norm.weight' is [9], want [8]", "norm/scale")
@@ -215,6 +221,11 @@ def test_quantized_tensors_without_a_word_in_the_config(folder: Callable[..., Pa
         ({"hidden_act": "silo"}, ("no activation 'silo'", "did you mean 'silu'?")),
         ({"hidden_size": None}, ("config.json: no 'hidden_size'",)),
         ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor",)),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, ("has 2 entries, want 1",)),
+        (
+            {"model_type": "mistral", "layer_types": ["chunked_attention"]},
+            ("layer type 'chunked_attention'",),
+        ),
     ],
 )
 def test_config_that_means_another_model(

@@ -20,6 +20,7 @@ from effc.frontend.adapt import from_linen, from_nnx
 from effc.frontend.checkpoints import open_checkpoint, save_checkpoint
 from effc.frontend.checkpoints.user_code import load_build
 from effc.frontend.source import Source, flatten, load_all, unflatten
+from effc.frontend.tokenizer import Tokenizer
 
 TOKENS = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
 
@@ -116,6 +117,14 @@ def test_saved_linen_checkpoint_opens_by_itself(tmp_path: Path) -> None:
     check(source, logits)
     assert source.context == 64
     assert set(flatten(source.spec)) == set(source.weights.names())
+
+
+def test_the_bundled_checkpoint_opens(checkpoint: Path) -> None:
+    source = open_checkpoint(checkpoint)
+    assert source.name == "stdlib12"
+    assert source.context == 512
+    assert set(flatten(source.spec)) == set(source.weights.names())
+    assert Tokenizer(source.tokenizer).vocab_size <= int(source.meta["vocab"])
 
 
 def test_saved_nnx_checkpoint_with_list_of_blocks(tmp_path: Path) -> None:

@@ -39,7 +39,10 @@ def open_checkpoint(
     """
     path = Path(path)
     _exists(path)
-    source = _read(path, module, dict(config or {}), check_dtype(dtype) if dtype else None)
+    try:
+        source = _read(path, module, dict(config or {}), check_dtype(dtype) if dtype else None)
+    except OSError as error:
+        raise EffcError(f"{error.filename or path}: {error.strerror or error}") from error
     if source.tokenizer is not None:
         tokenizer.Tokenizer(source.tokenizer, where=str(path)).check_fits(int(source.meta["vocab"]))
     return source

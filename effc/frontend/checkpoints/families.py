@@ -114,6 +114,8 @@ def windows(config: Config, layers: int, sliding: Callable[[int], bool]) -> tupl
     kinds = config.get("layer_types") or [
         "sliding_attention" if sliding(i) else "full_attention" for i in range(layers)
     ]
+    if len(kinds) != layers:
+        raise EffcError(f"{config.where}: layer_types has {len(kinds)} entries, want {layers}, one a layer")
     unknown = set(kinds) - {"sliding_attention", "full_attention"}
     if unknown:
         raise EffcError(

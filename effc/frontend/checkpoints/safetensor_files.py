@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -78,9 +79,15 @@ def read_header(file: Path) -> dict[str, Entry]:
             header = json.loads(f.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError):
             raise EffcError(f"{file}: no safetensors header, want a file written by safetensors") from None
+    try:
+        return _entries(file, header, 8 + length, size)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise EffcError(f"{file}: damaged safetensors header: {type(error).__name__} {error}") from None
+
+
+def _entries(file: Path, header: dict[str, Any], start: int, size: int) -> dict[str, Entry]:
     header.pop("__metadata__", None)
-    start = 8 + length
-    end = start + max((t["data_offsets"][1] for t in header.values()), default=0)
+    end = start + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     if size < end:
         raise EffcError(f"{file}: truncated: {size} bytes, want {end} as its header says")
     return {name: _entry(file, name, tensor, start) for name, tensor in header.items()}
