@@ -15,7 +15,7 @@ from rich.console import Console
 
 from effc import artifact, evaluate, speed
 from effc.artifact import WEIGHTS, effc_version, staged, write_manifest, write_texts
-from effc.backend.to_python import emit
+from effc.backend.to_python import emit, load_program
 from effc.clock import Clock
 from effc.errors import EffcError, nearest
 from effc.evaluate import Quality, Windows
@@ -33,12 +33,14 @@ from effc.passes.weight_rules import coded
 from effc.pipeline import Pipeline
 from effc.plan import Plan, side
 from effc.report import PassReport, Report, Side, Speed
+from effc.runtime.weights import load_params
 from effc.weights import Store, nbytes, open_safetensors, write_safetensors
 
 TOLERANCE = 1e-3
 """How far an exact pass may move logits, as a share of their range: f32 rounding through deep models."""
 
 PROBE_TOKENS = 32
+EXPORT_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,9 @@ def optimize(
             with clock.step("emit"):
                 program = emit(final.module, version=effc_version(), pipeline=str(pipeline))
                 files = write_texts(work, final.module, program, source.tokenizer)
+            if settings.export:
+                with clock.step("export"):
+                    _export(work, program)
             with clock.step("evaluate", text.scored) as advance:
                 quality = evaluate.compare(origin.side, final.side, text, advance)
             with clock.step("tokens/s"):
@@ -291,6 +296,16 @@ class _scratch:
 
     def __exit__(self, *failure: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _export(work: Path, program: str) -> None:
+    """Programs for one sequence, as long as the context allows and at most EXPORT_TOKENS."""
+    from effc.backend.to_stablehlo import export_programs  # jax.export and what it needs, for who asks for it
+
+    loaded = load_program(program)
+    room = min(loaded.context or EXPORT_TOKENS, EXPORT_TOKENS)
+    weights = load_params(work / WEIGHTS, loaded.params)
+    export_programs(loaded, weights, work / "stablehlo", prompt=min(128, room), capacity=room)
 
 
 # ---- numbers

@@ -218,3 +218,13 @@ def test_bench_in_turn(artifact: Path, tiny: Path, said: Said) -> None:
     assert found["models"][0]["token_bytes"] < found["models"][1]["token_bytes"] / 4
     assert set(found["ratios"]) == {"pp", "tg"}
     assert "tg4" in said("bench", artifact, "-n", 4, "-r", 1)
+
+
+def test_export_writes_programs_that_run(tiny: Path, text: Path, tmp_path: Path, said: Said) -> None:
+    from effc.backend.to_stablehlo import load_exported
+
+    out = tmp_path / "out"
+    said("optimize", tiny, "--export", "--eval", text, "--no-speed", "-o", out)
+    assert {p.name for p in (out / "stablehlo").iterdir()} == {"prefill.bin", "decode.bin", "README.md"}
+    assert callable(load_exported(out / "stablehlo" / "decode.bin"))
+    assert said("verify", out) == f"{out}: good\n"
