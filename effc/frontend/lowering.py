@@ -48,7 +48,7 @@ def lower(source: Source) -> Lowered:
     graph = import_traces(traced)
     simplify(graph)
     context = _context(source, graph)
-    flat = graph.func("forward")
+    flat, plain = graph.func("forward"), dict(graph.params)
     notes = raise_all(graph, context)
     func = graph.func("forward")
     stuck = _mixing(func)
@@ -56,8 +56,8 @@ def lower(source: Source) -> Lowered:
         reasons = [*notes, *(f"{op.loc}: '{op.kind}' mixes tokens and has no incremental rule" for op in stuck[:1])]
         func, extra = _windowed(flat), reasons
         notes = [f"{reasons[0]}; every step recomputes the whole window: cost grows with the length"] + extra[1:]
-    module = _module(source, func, graph.params, context)
-    module = rename_values(roll(module) if func is not flat else module)
+    params = plain if any(op.kind == "window" for op in func.ops) else graph.params
+    module = rename_values(roll(_module(source, func, params, context)))
     _refuse_blind(module)
     return Lowered(module, store_of(module, source.weights, graph.constants), notes, traced)
 

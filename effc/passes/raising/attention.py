@@ -7,19 +7,22 @@ and bias. Masks are evaluated point by point, so that no [length, length] array 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from effc.frontend.graph import Graph
 from effc.frontend.simplify import literal, reshaped, transposed
 from effc.ir.core import Attr, Func, Op
+from effc.ir.interpret import shape_of
 from effc.ir.ops import ELEMENTWISE
 from effc.ir.tokens import token_axes
-from effc.ir.types import Dim, Size, Type, depends, divide, name_dim, product
+from effc.ir.types import Size, Type, depends, divide, name_dim, product
 from effc.passes.raising.points import Points, Unseen
-from effc.passes.raising.probe import peel
+from effc.passes.raising.probe import peel, run_region
 
 B, T = name_dim("b"), name_dim("t")
 CASTS = frozenset({"lax.convert_element_type"})
@@ -34,14 +37,29 @@ class Softmax:
 
 
 @dataclass(frozen=True)
-class Roles:
-    """Axes of a product of two token-indexed values: heads both share, heads of the left alone, tokens, width."""
+class Operand:
+    """Axes of one operand of a product: sequences, tokens, heads in the order they take, width."""
 
-    batch: int | None  # -1: merged with heads
+    batch: int
+    token: int
+    heads: tuple[int, ...]
+    width: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Axes of the softmax's input: sequences, queries, keys; heads that keys share, then the queries' own."""
+
+    batch: int
+    query: int
+    key: int
     shared: tuple[int, ...]
     own: tuple[int, ...]
-    token: int
-    width: tuple[int, ...]
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Head axes in the order in which `attention` counts heads."""
+        return (*self.shared, *self.own)
 
 
 def raise_attentions(graph: Graph, context: int) -> list[str]:
@@ -64,9 +82,10 @@ def _raise(graph: Graph, out: Op, context: int) -> str | None:
     else:
         return None
     try:
-        scores = _scores(graph, soft.z)
-        form = Points(graph).form(soft.z, scores.outputs[0].name, context)
-        made = _build(graph, out, side, soft, scores, form)
+        scores, places = _scores(graph, soft.z)
+        product = _product(graph, scores, places)
+        form = Points(graph).form(soft.z, scores.outputs[0].name, product.axes, context)
+        made = _build(graph, out, side, soft, scores, product, form)
     except Unseen as reason:
         return str(reason)
     graph.become(out.outputs[0].name, made)
@@ -101,172 +120,139 @@ def _is_max(graph: Graph, name: str, z: str) -> bool:
     return op is not None and op.kind == "lax.reduce_max"
 
 
-def _scores(graph: Graph, z: str) -> Op:
-    """The product of two token-indexed values that z is computed from."""
-    stack, seen = [z], set[str]()
+def _scores(graph: Graph, z: str) -> tuple[Op, list[int]]:
+    """The product of two token-indexed values that z is computed from, and where each axis of z is in it."""
+    rank = len(graph.type(z).shape)
+    stack, seen = [(z, list(range(rank)))], set[str]()
     while stack:
-        name = stack.pop()
+        name, places = stack.pop()
         op = graph.op(name)
         if op is None or name in seen:
             continue
         seen.add(name)
         if op.kind == "lax.dot_general" and all(len(token_axes(graph.type(i))) == 1 for i in op.inputs):
-            return op
-        if op.kind in ELEMENTWISE or op.kind in {"lax.reshape", "lax.transpose", "lax.broadcast_in_dim"}:
-            stack.extend(op.inputs)
+            return op, places
+        if op.kind in ELEMENTWISE:
+            stack += [(i, places) for i in op.inputs if len(graph.type(i).shape) == len(places)]
+        elif op.kind == "lax.transpose":
+            order = op.attrs["permutation"]
+            assert isinstance(order, tuple)
+            stack.append((op.inputs[0], [order[a] for a in places]))  # type: ignore[misc]
     raise Unseen("no product of queries and keys under the softmax")
 
 
 # -- axes -----------------------------------------------------------------------------------------------
-def _roles(graph: Graph, op: Op, side: int) -> Roles:
-    """What each axis of one operand of a product is."""
-    contract, batch = op.attrs["contract"], op.attrs.get("batch", ((), ()))
-    assert isinstance(contract, tuple) and isinstance(batch, tuple)
-    summed, shared = contract[side], batch[side]
-    assert isinstance(summed, tuple) and isinstance(shared, tuple)
-    type = graph.type(op.inputs[side])
-    tokens = token_axes(type)
-    if len(tokens) != 1 or type.shape[tokens[0]] != T:
-        raise Unseen(f"{type} has no axis of tokens alone")
-    batches = [a for a, size in enumerate(type.shape) if depends(size, "b")]
-    if len(batches) != 1 or batches[0] not in shared:
-        raise Unseen(f"{type} has no axis of sequences that the product keeps")
-    heads = tuple(a for a in shared if a != batches[0])
-    own = tuple(a for a in range(len(type.shape)) if a not in (*summed, *shared, tokens[0]))
-    return Roles(batches[0], heads, own, tokens[0], tuple(a for a in summed if a != tokens[0]))  # type: ignore[arg-type]
-
-
-def _four(graph: Graph, name: str, roles: Roles, width: tuple[int, ...]) -> str:
-    """The operand as [b,t,heads,width]; heads are the shared ones, then its own."""
-    shape = graph.type(name).shape
-    batch = shape[roles.batch or 0]
-    merged = divide(batch, B)
-    if merged is None:
-        raise Unseen(f"axis of size {batch} is not sequences times heads")
-    axes = (roles.batch or 0, roles.token, *roles.shared, *roles.own, *width)
-    if merged == 1:
-        heads = product(tuple(shape[a] for a in (*roles.shared, *roles.own)))
-        moved = transposed(graph, name, axes)
-        return reshaped(graph, moved, (B, T, heads, product(tuple(shape[a] for a in width))))
-    at = roles.batch or 0
-    wide = (*shape[:at], B, merged, *shape[at + 1 :])
-    apart = reshaped(graph, name, wide)
-    shift = [a + 1 if a > at else a for a in axes[1:]]
-    moved = transposed(graph, apart, (at, shift[0], at + 1, *shift[1:]))
-    inner = [wide[a] for a in (at + 1, *shift[1 : 1 + len(roles.shared) + len(roles.own)])]
-    return reshaped(graph, moved, (B, T, product(tuple(inner)), product(tuple(shape[a] for a in width))))
-
-
-def _heads(graph: Graph, name: str, axes: Sequence[int]) -> Size:
-    return product(tuple(graph.type(name).shape[a] for a in axes))
-
-
 @dataclass(frozen=True)
-class _Product:
-    """The scores' product: which operand is the queries, both as [b,t,heads,width]."""
+class Product:
+    """The scores' product: which operand is the queries, the axes of both and of the softmax's input."""
 
-    q: str
-    k: str
-    q_roles: Roles
-    k_roles: Roles
+    queries: int
+    q: Operand
+    k: Operand
+    axes: Axes
+
+
+def _product(graph: Graph, op: Op, places: Sequence[int]) -> Product:
+    """What each axis of the scores' product is, told by which operand the keys' axis comes from."""
+    contract, batch = _numbers(op)
+    free = [[a for a in range(len(graph.type(op.inputs[s]).shape)) if a not in (*contract[s], *batch[s])] for s in (0, 1)]
+    made = [("batch", i) for i in range(len(batch[0]))] + [(s, a) for s in (0, 1) for a in free[s]]
+    of = [made[p] for p in places]
+    side, key_axis = of[-1]
+    if not isinstance(side, int):
+        raise Unseen("keys are an axis that queries share")
+    queries = 1 - side
+    tokens = [token_axes(graph.type(i)) for i in op.inputs]
+    if any(graph.type(op.inputs[s]).shape[tokens[s][0]] != T for s in (0, 1)) or [key_axis] != tokens[side]:
+        raise Unseen("an operand of the scores has no axis of tokens alone")
+    if len(free[side]) != 1:
+        raise Unseen("keys have heads that queries lack")
+    sequences = [i for i, a in enumerate(batch[0]) if depends(graph.type(op.inputs[0]).shape[a], "b")]
+    if len(sequences) != 1:
+        raise Unseen("the scores' product keeps no axis of sequences")
+    (at,) = sequences
+    shared = [i for i in range(len(batch[0])) if i != at]
+    own = [a for a in free[queries] if a != tokens[queries][0]]
+    axes = Axes(
+        of.index(("batch", at)), of.index((queries, tokens[queries][0])), len(of) - 1,
+        tuple(of.index(("batch", i)) for i in shared), tuple(of.index((queries, a)) for a in own),
+    )  # fmt: skip
+    q, k = (
+        Operand(batch[s][at], tokens[s][0], (*(batch[s][i] for i in shared), *(own if s == queries else ())), contract[s])
+        for s in (queries, side)
+    )
+    return Product(queries, q, k, axes)
+
+
+def _numbers(op: Op) -> tuple[Any, Any]:
+    """Contracted and batch axes of a product."""
+    return op.attrs["contract"], op.attrs.get("batch", ((), ()))
+
+
+def _four(graph: Graph, name: str, operand: Operand) -> str:
+    """The operand as [b,t,heads,width]."""
+    shape, at = graph.type(name).shape, operand.batch
+    merged = divide(shape[at], B)
+    if merged is None:
+        raise Unseen(f"axis of size {shape[at]} is not sequences times heads")
+    axes = [at, operand.token, *operand.heads, *operand.width]
+    heads = product(tuple(shape[a] for a in operand.heads))
+    if merged != 1:  # sequences and heads on one axis: split it
+        name = reshaped(graph, name, (*shape[:at], B, merged, *shape[at + 1 :]))
+        batch, token, *rest = [a + 1 if a > at else a for a in axes]
+        axes, heads = [batch, token, at + 1, *rest], heads * merged  # type: ignore[assignment]
+    moved = transposed(graph, name, tuple(axes))
+    return reshaped(graph, moved, (B, T, heads, product(tuple(shape[a] for a in operand.width))))
 
 
 def _build(
-    graph: Graph, out: Op, side: int, soft: Softmax, scores: Op, form: tuple[dict[str, Attr], Func | None]
-) -> str:
-    value_side = 1 - side
-    key_axis = len(graph.type(soft.p).shape) - 1
-    contract = out.attrs["contract"]
-    assert isinstance(contract, tuple) and isinstance(contract[side], tuple)
-    if contract[side] != (key_axis,):
-        raise Unseen("the probabilities are not summed over the keys alone")
-    queries = _query_side(graph, scores, soft)
-    if len(graph.type(soft.p).shape) != len(scores.out.type.shape):
-        raise Unseen("scores change shape on the way to the softmax")
-    q_roles, k_roles = _roles(graph, scores, queries), _roles(graph, scores, 1 - queries)
-    if k_roles.own:
-        raise Unseen("keys have heads that queries lack")
-    q = _four(graph, scores.inputs[queries], q_roles, q_roles.width)
-    k = _four(graph, scores.inputs[1 - queries], k_roles, k_roles.width)
-    v_roles = _value_roles(graph, out, value_side)
-    v = _four(graph, out.inputs[value_side], v_roles, v_roles.width)
-    k, v = _unrepeated(graph, k), _unrepeated(graph, v)
-    k, v = _same_heads(graph, k, v)
+    graph: Graph, out: Op, side: int, soft: Softmax, scores: Op, found: Product, form: tuple[dict[str, Attr], Func | None]
+) -> str:  # fmt: skip
+    """The attention, in the axes that the product of probabilities and values had."""
+    value = _values(graph, out, 1 - side, found.axes)
+    q = _four(graph, scores.inputs[found.queries], found.q)
+    k = _unrepeated(graph, _four(graph, scores.inputs[1 - found.queries], found.k))
+    v = _unrepeated(graph, _four(graph, out.inputs[1 - side], value))
+    if graph.type(k).shape[2] != graph.type(v).shape[2]:
+        raise Unseen(f"keys {graph.type(k)} and values {graph.type(v)} have different heads")
     q, k, factor = _unscaled(graph, q, k)
     attrs, region = _scaled(form[0], factor), form[1]
-    h, e = graph.type(q).shape[2], graph.type(v).shape[3]
+    type = Type(out.out.type.dtype, (B, T, graph.type(q).shape[2], graph.type(v).shape[3]))
     regions = {"bias": region} if region else {}
-    (made,) = graph.add(
-        "attention", [q, k, v], Type(graph.type(out.outputs[0].name).dtype, (B, T, h, e)), attrs=attrs,
-        regions=regions, loc=scores.loc,
-    )  # fmt: skip
-    return _as_product(graph, made, out, side, q_roles, graph.type(scores.inputs[queries]))
+    (made,) = graph.add("attention", [q, k, v], type, attrs=attrs, regions=regions, loc=scores.loc)
+    return _as_product(graph, made, out, side, found.axes, graph.type(soft.p).shape, value)
 
 
-def _query_side(graph: Graph, scores: Op, soft: Softmax) -> int:
-    """Which operand's tokens are the rows: the key's are the softmax's last axis."""
-    shape = scores.out.type.shape
-    axes = [a for a, size in enumerate(shape) if depends(size, "t")]
-    if axes != [len(shape) - 2, len(shape) - 1] and axes[-1] != len(shape) - 1:
-        raise Unseen("keys are not the last axis of the scores")
-    return 0  # free axes of the left operand stand before those of the right
-
-
-def _value_roles(graph: Graph, out: Op, side: int) -> Roles:
-    """Values: tokens are summed, the free axes are the width."""
-    batch = out.attrs.get("batch", ((), ()))
-    assert isinstance(batch, tuple) and isinstance(batch[side], tuple)
+def _values(graph: Graph, out: Op, side: int, axes: Axes) -> Operand:
+    """Axes of the values: tokens are summed with the keys, heads go with those of the keys."""
+    contract, batch = _numbers(out)
     type = graph.type(out.inputs[side])
-    tokens = token_axes(type)
-    shared = batch[side]
-    batches = [a for a, size in enumerate(type.shape) if depends(size, "b")]
-    if len(tokens) != 1 or len(batches) != 1 or batches[0] not in shared:
-        raise Unseen(f"values {type} have no axis of sequences and one of tokens")
-    heads = tuple(a for a in shared if a != batches[0])
-    width = tuple(a for a in range(len(type.shape)) if a not in (*shared, tokens[0]))
-    return Roles(batches[0], heads, (), tokens[0], width)  # type: ignore[arg-type]
+    if tuple(contract[1 - side]) != (axes.key,) or token_axes(type) != list(contract[side]):
+        raise Unseen("the probabilities are not summed with the values over the keys alone")
+    of = dict(zip(batch[1 - side], batch[side], strict=True))  # axis of the probabilities -> of the values
+    if set(of) != {axes.batch, *axes.shared}:
+        raise Unseen("values have other heads than keys")
+    width = tuple(a for a in range(len(type.shape)) if a not in (*batch[side], *contract[side]))
+    return Operand(of[axes.batch], contract[side][0], tuple(of[a] for a in axes.shared), width)
 
 
-def _as_product(graph: Graph, made: str, out: Op, side: int, q: Roles, q_type: Type) -> str:
-    """attention's [b,t,h,e] in the axes that the product with the values had."""
-    shape = out.out.type.shape
-    p_shape = graph.type(out.inputs[side]).shape
-    batch = out.attrs.get("batch", ((), ()))
-    assert isinstance(batch, tuple) and isinstance(batch[side], tuple)
-    # axes of p: those of the scores; each is b, t(query), t(key), or heads in the order q had them
-    kept = [a for a in batch[side]] + [a for a in range(len(p_shape) - 1) if a not in batch[side]]  # type: ignore[operator]
-    width = (
-        list(shape[len(kept) :])
-        if side == 0
-        else list(shape[len(batch[side]) : len(shape) - (len(kept) - len(batch[side]))])
-    )
-    merged = divide(next(s for s in p_shape if depends(s, "b")), B) or 1
-    head_axes = [a for a in range(len(p_shape) - 1) if not isinstance(p_shape[a], Dim)]
-    split = [B, T, *([merged] if merged != 1 else []), *(p_shape[a] for a in head_axes), *width]
-    spread = reshaped(graph, made, tuple(split))
-    # where each axis of `spread` goes in the product's result
-    first = 2 + (merged != 1)
-    place = {a: first + n for n, a in enumerate(head_axes)}
-    order: list[int] = []
-    for a in kept if side == 0 else list(batch[side]):  # type: ignore[arg-type]
-        order += _axis_of(a, p_shape, place, merged)
-    tail = list(range(first + len(head_axes), len(split)))
-    if side == 0:
-        order += tail
-    else:
-        order += tail
-        for a in kept[len(batch[side]) :]:
-            order += _axis_of(a, p_shape, place, merged)
-    moved = transposed(graph, spread, tuple(order))
-    return reshaped(graph, moved, shape)
-
-
-def _axis_of(a: int, shape: Sequence[Size], place: dict[int, int], merged: Size) -> list[int]:
-    if a in place:
-        return [place[a]]
-    if depends(shape[a], "b"):
-        return [0] if merged == 1 else [0, 2]
-    return [1]
+def _as_product(
+    graph: Graph, made: str, out: Op, side: int, axes: Axes, shape: Sequence[Size], value: Operand
+) -> str:
+    """attention's [b,t,h,e] in the axes of the product with the values; `shape` is the probabilities'."""
+    _, batch = _numbers(out)
+    width = [graph.type(out.inputs[1 - side]).shape[a] for a in value.width]
+    merged = divide(shape[axes.batch], B)
+    split: list[Size] = [B, T, *([merged] if merged != 1 else []), *(shape[a] for a in axes.heads), *width]  # type: ignore[list-item]
+    first = 3 if merged != 1 else 2
+    place = {a: [first + n] for n, a in enumerate(axes.heads)}
+    place |= {axes.batch: [0] if merged == 1 else [0, 2], axes.query: [1]}
+    free = [a for a in range(len(shape)) if a not in (*batch[side], axes.key)]
+    tail = list(range(len(split) - len(width), len(split)))
+    mine = [n for a in free for n in place[a]]
+    order = [n for a in batch[side] for n in place[a]] + ([*mine, *tail] if side == 0 else [*tail, *mine])
+    moved = transposed(graph, reshaped(graph, made, tuple(split)), tuple(order))
+    return reshaped(graph, moved, out.out.type.shape)
 
 
 def _unscaled(graph: Graph, q: str, k: str) -> tuple[str, str, float]:
@@ -343,11 +329,6 @@ def _shape_chain(graph: Graph, name: str) -> list[str]:
 
 def _repeats(graph: Graph, name: str, base: str, ratio: int) -> str | None:
     """`base` as [b,t,g,d] if `name` is that with every head repeated `ratio` times; found by numbering elements."""
-    import itertools
-
-    from effc.ir.interpret import shape_of
-    from effc.passes.raising.probe import run_region
-
     sizes = {"b": 2, "t": 3}
     type = graph.type(base)
     if len(type.shape) != 4:
@@ -364,10 +345,3 @@ def _repeats(graph: Graph, name: str, base: str, ratio: int) -> str | None:
             if np.array_equal(ids.transpose(order), wanted):
                 return transposed(graph, base, order)
     return None
-
-
-def _same_heads(graph: Graph, k: str, v: str) -> tuple[str, str]:
-    """Keys and values with one number of heads."""
-    if graph.type(k).shape[2] != graph.type(v).shape[2]:
-        raise Unseen(f"keys {graph.type(k)} and values {graph.type(v)} have different heads")
-    return k, v

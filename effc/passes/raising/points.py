@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +31,19 @@ class Unseen(Exception):
 Form = tuple[dict[str, Attr], Func | None]
 
 
+class Axes(Protocol):
+    """Which axis of a softmax's input is what."""
+
+    @property
+    def batch(self) -> int: ...
+    @property
+    def query(self) -> int: ...
+    @property
+    def key(self) -> int: ...
+    @property
+    def heads(self) -> tuple[int, ...]: ...
+
+
 class Points:
     """Evaluates values at points, tokens anywhere up to a length."""
 
@@ -38,23 +51,25 @@ class Points:
         self.graph = graph
         self.known: dict[str, Form] = graph.memo.setdefault("masks", {})
 
-    def form(self, z: str, scores: str, context: int) -> Form:
+    def form(self, z: str, scores: str, axes: Axes, context: int) -> Form:
         """Scale, cap, window and bias of the path from `scores` to the softmax's input `z`."""
         text = signature(self.graph, [z], [scores]) + f"@{context}"
         if text not in self.known:
-            self.known[text] = _Mask(self.graph, z, scores, context).form()
+            self.known[text] = _Mask(self.graph, z, scores, axes, context).form()
         return self.known[text]
 
 
 class _Mask:
     """One softmax input as a function of (score, head, query position, key position)."""
 
-    def __init__(self, graph: Graph, z: str, scores: str, context: int) -> None:
+    def __init__(self, graph: Graph, z: str, scores: str, axes: Axes, context: int) -> None:
         self.graph, self.z, self.scores = graph, z, graph.find(scores)
         self.sizes = {"b": 1, "t": context}
-        self.context = context
-        self.shape = shape_of(graph.type(z), self.sizes)
-        self.heads = int(np.prod(self.shape[:-2]))
+        self.context, self.axes = context, axes
+        shape = shape_of(graph.type(z), self.sizes)
+        self.head_axes = (axes.batch, *axes.heads)  # sequences may share their axis with heads
+        self.head_shape = tuple(shape[a] for a in self.head_axes)
+        self.heads = int(np.prod(self.head_shape))
 
     def form(self) -> Form:
         """The attributes of `attention`, and the bias region if there is one."""
@@ -138,9 +153,10 @@ class _Mask:
 
     def _at(self, score: float, head: Any, i: Any, j: Any) -> np.ndarray:
         """z where the score is `score`."""
-        heads = np.unravel_index(np.asarray(head), self.shape[:-2] or (1,))
-        index = tuple(np.asarray(a) for a in (*(heads if self.shape[:-2] else ()), i, j))
-        return np.asarray(_At(self.graph, self.sizes, {self.scores: np.float32(score)}).value(self.z, index))
+        index = {self.axes.query: np.asarray(i), self.axes.key: np.asarray(j)}
+        index |= dict(zip(self.head_axes, np.unravel_index(np.asarray(head), self.head_shape), strict=True))
+        places = tuple(np.asarray(index[a]) for a in range(len(index)))
+        return np.asarray(_At(self.graph, self.sizes, {self.scores: np.float32(score)}).value(self.z, places))
 
 
 def _short(x: float) -> float:
