@@ -39,10 +39,11 @@ conformance: $(VENV)/dev.stamp  ## the slow tests too: minutes; those against tr
 	$(BIN)/python -m pytest $(TESTS) -m "slow or not slow"
 
 bench: $(VENV)/dev.stamp  ## speed against a hand-written JAX loop over the same weights
-	$(BIN)/python -m pytest tests/bench -m "slow or not slow" -s
+	$(BIN)/effc optimize $(CHECKPOINT) --no-speed --force -o bench-out
+	$(BIN)/python tests/bench/handwritten_loop.py bench-out
 
 clean:  ## remove the environment and what the tools left
-	rm -rf $(VENV) demo-out build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-out bench-out build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "effc needs Python 3.11 or newer with venv; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
