@@ -18,6 +18,9 @@ Method = Literal["absmax", "mse"]
 BLOCK = 1 << 16
 """Elements worked on at a time: a block and its temporaries stay in a core's cache."""
 
+VANISHED = 1e-19
+"""Scales below the root of the smallest f32 are as good as none."""
+
 Block = tuple[slice, slice, slice]
 
 GRID = (0.82, 0.87, 0.92, 0.97, 1.02, 1.07)
@@ -88,14 +91,14 @@ def _limits(quant: Quant) -> tuple[int, int]:
 
 
 def _rounded(scale: Array, quant: Quant) -> Array:
-    """The scale as stored, back in f32; 1 where it vanished, so that dividing is safe."""
+    """The scale as stored, back in f32; 1 where it vanished or nearly did, so that dividing is safe."""
     with np.errstate(over="ignore"):
         kept = scale.astype(NUMPY[quant.scale]).astype(np.float32)
-    kept[kept == 0] = 1
+    kept[np.abs(kept) < VANISHED] = 1
     return kept
 
 
-def _code(x: Array, scale: Array, quant: Quant) -> Array:
+def nearest_codes(x: Array, scale: Array, quant: Quant) -> Array:
     """Nearest codes, in f32."""
     low, high = _limits(quant)
     codes = x / scale
@@ -106,7 +109,7 @@ def _code(x: Array, scale: Array, quant: Quant) -> Array:
 def _absmax(x: Array, quant: Quant) -> tuple[Array, Array]:
     """The greatest magnitude at half a step past the last code: no error exceeds half a step."""
     scale = _rounded(np.abs(x).max(1, keepdims=True) / (_limits(quant)[1] + 0.5), quant)
-    return _code(x, scale, quant), scale
+    return nearest_codes(x, scale, quant), scale
 
 
 def _asymmetric(x: Array, quant: Quant) -> tuple[Array, Array, Array]:
@@ -118,7 +121,7 @@ def _asymmetric(x: Array, quant: Quant) -> tuple[Array, Array, Array]:
 
 
 def _least_squares(x: Array, quant: Quant) -> tuple[Array, Array]:
-    """Of a grid of scales the one of least squared error; the extreme value is on the side with more codes."""
+    """Of a grid of scales that of least squared error; the extreme value is on the side with more codes."""
     best, scale = _absmax(x, quant)
     error = _error(x, best, scale)
     extreme = np.where(
@@ -126,7 +129,7 @@ def _least_squares(x: Array, quant: Quant) -> tuple[Array, Array]:
     )
     for fraction in GRID:
         tried = _rounded(extreme * (fraction / _limits(quant)[0]), quant)
-        codes = _code(x, tried, quant)
+        codes = nearest_codes(x, tried, quant)
         tried = _rounded(_fit(x, codes, tried), quant)
         wrong = _error(x, codes, tried)
         better = wrong < error
