@@ -51,7 +51,7 @@ class Model(nn.Module):
 @pytest.fixture(scope="module")
 def model() -> tuple[Model, dict]:
     module = Model()
-    return module, module.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    return module, dict(module.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
 
 
 @pytest.fixture(scope="module")

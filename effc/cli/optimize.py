@@ -60,16 +60,17 @@ def _ir_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.output is None and not args.dry_run:
+    out: Path | None = args.output
+    if out is None and not args.dry_run:
         raise EffcError("optimize: nowhere to write, want -o DIR (or --dry-run)")
     from effc import driver
     from effc.frontend.checkpoints import open_checkpoint
 
     source = open_checkpoint(args.model, module=args.module, dtype=args.dtype)
-    if args.dry_run:
+    if args.dry_run or out is None:
         show(args, driver.plan(source, _settings(args)))
     else:
-        show(args, driver.optimize(source, args.output, _settings(args), progress_console()))
+        show(args, driver.optimize(source, out, _settings(args), progress_console()))
 
 
 def _settings(args: argparse.Namespace) -> Settings:

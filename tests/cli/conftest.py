@@ -1,4 +1,4 @@
-"""A checkpoint of two small layers over letters, and an artifact made of it: commands take seconds on these."""
+"""A checkpoint of two small layers over letters, and an artifact of it: commands take seconds on these."""
 
 from __future__ import annotations
 
