@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "effc", "jax", "jaxlib", "flax", "numpy", "ml-dtypes", "lark", "libcst", "safetensors",
-    "orbax-checkpoint", "msgpack", "tokenizers", "jinja2", "rich",
+    "effc", "jax", "jaxlib", "flax", "numpy", "ml-dtypes", "lark", "libcst", "orbax-checkpoint", "msgpack", "tokenizers", "jinja2", "rich",
 )  # fmt: skip
 EXTRAS = {"gguf": "reads GGUF checkpoints", "optax": "trains and distils"}
 FEATURES = (
