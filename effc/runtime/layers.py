@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effc.runtime import quantized
 from effc.runtime.qarray import QArray
 
 Weight = jax.Array | QArray
@@ -41,8 +42,11 @@ def linear(
     x: jax.Array, w: Weight, bias: jax.Array | None = None, *, layout: str = "kn", dtype: Any = None
 ) -> jax.Array:
     """x[...,K] @ w[K,N] (layout nk: w[N,K]) + bias[N] -> [...,N]."""
-    matrix = w.dequantize(x.dtype) if isinstance(w, QArray) else w.astype(x.dtype)
-    y = _matmul(x, matrix, layout)
+    if isinstance(w, QArray):
+        rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+        y = quantized.matmul(rows, w, layout).reshape(*x.shape[:-1], -1)
+    else:
+        y = _matmul(x, w.astype(x.dtype), layout)
     if bias is not None:
         y = y + _along_last(bias, y)
     return y.astype(dtype or x.dtype)

@@ -110,9 +110,7 @@ def test_chunks_stream_as_they_come(engine: Engine) -> None:
         ([], 5, "no prompts, want at least one"),
     ],
 )
-def test_what_does_not_fit_is_refused(
-    engine: Engine, prompts: list[list[int]], new: int, message: str
-) -> None:
+def test_what_does_not_fit_is_refused(engine: Engine, prompts: list[list[int]], new: int, message: str) -> None:
     with pytest.raises(EffcError) as error:
         generate(engine, prompts, max_new_tokens=new)
     assert message in str(error.value)

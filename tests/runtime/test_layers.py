@@ -35,9 +35,7 @@ def plain_attention(q, k, v, positions, *, scale, window=0, softcap=0.0, bias=No
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}, {"window": 2, "softcap": 1.5}])
-def test_attention_is_softmax_over_the_keys_up_to_each_position(
-    groups: int, options: dict[str, float]
-) -> None:
+def test_attention_is_softmax_over_the_keys_up_to_each_position(groups: int, options: dict[str, float]) -> None:
     q, k, v = array(2, 3, 4, 8), array(2, 9, groups, 8), array(2, 9, groups, 6)
     positions = np.array([[2, 3, 4], [6, 7, 8]], np.int32)
     got = layers.attention(*map(jnp.asarray, (q, k, v, positions)), scale=0.3, **options)
@@ -71,9 +69,7 @@ def test_attention_repeats_no_keys_in_memory() -> None:
     q, kv = jnp.zeros((1, 1, 8, 4)), jnp.zeros((1, 64, 2, 4))
     jaxpr = jax.make_jaxpr(lambda q, k: layers.attention(q, k, k, jnp.array([[3]])))(q, kv)
     sizes = [var.aval.size for eqn in jaxpr.jaxpr.eqns for var in eqn.outvars]
-    assert (
-        max(sizes) == kv.size
-    )  # scores [8,64] and the keys themselves; repeated keys would be four times this
+    assert max(sizes) == kv.size  # scores [8,64] and the keys themselves; repeated keys would be four times this
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])

@@ -65,19 +65,28 @@ def test_the_stored_bytes_are_low_half_first() -> None:
     assert pack(np.array([[1, -1, 7]], np.int8)).tolist() == [[0xF1, 0x07]]
 
 
-@pytest.mark.parametrize("rows", [1, 5, 300])
+@pytest.mark.parametrize("rows", [1, 5, 33])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize(("layout", "axis"), [("kn", -2), ("nk", -1)])
-def test_linear(rows: int, bits: int, sym: bool, layout: str, axis: int) -> None:
-    shape = (40, 22) if layout == "kn" else (22, 40)
-    array, values = made(shape, bits=bits, group=16, axis=axis, sym=sym)
-    x = RNG.standard_normal((rows, 40)).astype(np.float32)
+@pytest.mark.parametrize(
+    ("layout", "axis", "inner", "outer", "group"),
+    [
+        ("kn", -2, 48, 21, 16),
+        ("kn", -2, 40, 22, 16),  # a short last group
+        ("kn", -2, 300, 22, 0),  # one group, wider than what is taken at once
+        ("kn", -1, 40, 22, 11),  # grouped along the outputs
+        ("nk", -1, 48, 600, 16),  # several blocks of outputs, the last one short
+        ("nk", -1, 40, 22, 0),
+        ("nk", -1, 41, 22, 16),
+    ],
+)
+def test_linear(rows: int, bits: int, sym: bool, layout: str, axis: int, inner: int, outer: int, group: int) -> None:
+    shape = (inner, outer) if layout == "kn" else (outer, inner)
+    array, values = made(shape, bits=bits, group=group, axis=axis, sym=sym)
+    x = RNG.standard_normal((rows, inner)).astype(np.float32)
     want = x @ (values if layout == "kn" else values.T)
     got = layers.linear(jnp.asarray(x), array, layout=layout)
-    np.testing.assert_allclose(
-        got, want, rtol=1e-4, atol=2e-5 * np.abs(want).max()
-    )  # f32 sums of 40 products
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5 * np.abs(want).max())  # sums in f32
 
 
 def test_embed_reads_only_the_rows_asked_for() -> None:

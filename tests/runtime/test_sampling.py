@@ -68,9 +68,7 @@ def test_the_penalty_makes_seen_tokens_less_likely_whatever_their_sign() -> None
 def draws(setting: Sampling, logits: np.ndarray, count: int) -> np.ndarray:
     many = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
     keys = row_keys(jax.random.key(0), jnp.arange(count), jnp.zeros(count, jnp.int32))
-    return np.asarray(
-        choose(many, None, keys, setting.numbers(), greedy=setting.greedy, filters=setting.filters)
-    )
+    return np.asarray(choose(many, None, keys, setting.numbers(), greedy=setting.greedy, filters=setting.filters))
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -54,9 +54,7 @@ def test_aligned_arrays_are_not_copied(file: Path) -> None:
     tensors = open_tensors(file)
     for name in ("embed",):
         address = tensors[name].ctypes.data
-        assert (load_params(file, {name: TABLE[name]})[name].unsafe_buffer_pointer() == address) == (
-            address % 64 == 0
-        )
+        assert (load_params(file, {name: TABLE[name]})[name].unsafe_buffer_pointer() == address) == (address % 64 == 0)
 
 
 def test_shards_are_found_through_their_index(tmp_path: Path) -> None:
@@ -73,9 +71,7 @@ def test_shards_are_found_through_their_index(tmp_path: Path) -> None:
 
 def test_a_truncated_file_is_named(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(
-        EffcError, match=r"model\.safetensors: damaged, want a safetensors file \(truncated at"
-    ):
+    with pytest.raises(EffcError, match=r"model\.safetensors: damaged, want a safetensors file \(truncated at"):
         load_params(file, TABLE)
     file.write_bytes(b"\x00\x01")
     with pytest.raises(EffcError, match="shorter than its header"):
