@@ -9,6 +9,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from effc.artifact import MODEL, WEIGHTS, read_module
@@ -16,10 +17,15 @@ from effc.backend.to_python import emit, load_program
 from effc.errors import EffcError
 from effc.report import Speed
 from effc.runtime.engine import Engine
-from effc.runtime.generate import generate
+from effc.runtime.generate import Stats, generate
 from effc.runtime.weights import load_params
 
-PROMPT, GENERATED, RUNS = 128, 65, 3
+PROMPT, GENERATED = 128, 65
+
+ENOUGH = 5.0
+"""Seconds after which no more runs are timed; there are at least one and at most RUNS."""
+
+RUNS = 3
 
 
 def measure(folder: Path) -> Speed:
@@ -38,11 +44,13 @@ def run(folder: Path) -> Speed:
     engine = Engine(program, load_params(folder / WEIGHTS, program.params))
     prompt, generated = sizes(program.context)
     ids = [1 + i % 7 for i in range(prompt)]
-    all_stats = [generate(engine, [ids], max_new_tokens=generated).stats for _ in range(RUNS + 1)]
-    prefill = [stats.prefill_rate for stats in all_stats[1:]]
-    decode = [stats.decode_rate for stats in all_stats[1:]]
-    mean, spread = statistics.mean(decode), statistics.pstdev(decode)
-    return Speed(statistics.mean(prefill), mean, prompt, generated, spread)
+    generate(engine, [ids], max_new_tokens=2)
+    start, timed = time.perf_counter(), list[Stats]()
+    while len(timed) < RUNS and (not timed or time.perf_counter() - start < ENOUGH):
+        timed.append(generate(engine, [ids], max_new_tokens=generated).stats)
+    prefill, decode = [s.prefill_rate for s in timed], [s.decode_rate for s in timed]
+    spread = statistics.pstdev(decode)
+    return Speed(statistics.mean(prefill), statistics.mean(decode), prompt, generated, spread)
 
 
 def sizes(context: int | None) -> tuple[int, int]:

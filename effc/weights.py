@@ -223,7 +223,7 @@ def _write_file(
 
 def _put(fd: int, base: int, tensor: _Tensor, layer: int, arrays: Arrays) -> int:
     """Write one layer of one tensor in its place; refuses arrays that are not what the type says."""
-    array = np.ascontiguousarray(arrays[tensor.suffix])
+    array = np.asarray(arrays[tensor.suffix], order="C")
     where = f"{tensor.name}[{layer}]" if tensor.param.stack else tensor.name
     if array.dtype != tensor.part.dtype or array.shape != tensor.part.shape:
         got = f"{array.dtype}{list(array.shape)}"
@@ -242,7 +242,8 @@ def _put(fd: int, base: int, tensor: _Tensor, layer: int, arrays: Arrays) -> int
 
 def has_nan(array: Array) -> bool:
     """Whether any element is NaN, without an array of flags: the greatest of anything and NaN is NaN."""
-    return bool(array.size and np.isnan(np.float64(np.max(array))))
+    with np.errstate(invalid="ignore"):  # bfloat16's maximum warns of what is looked for
+        return bool(array.size and np.isnan(np.float64(np.max(array))))
 
 
 def _write_index(path: Path, files: list[Path], shards: list[list[Param]]) -> Path:
