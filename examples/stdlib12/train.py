@@ -64,9 +64,7 @@ class Budget:
     def rate(self):
         rise = optax.linear_schedule(0.0, self.peak, self.warmup)
         fall = optax.cosine_decay_schedule(self.peak, self.steps - self.turn, alpha=0.02)
-        return optax.join_schedules(
-            [rise, optax.constant_schedule(self.peak), fall], [self.warmup, self.turn]
-        )
+        return optax.join_schedules([rise, optax.constant_schedule(self.peak), fall], [self.warmup, self.turn])
 
 
 # --- text -------------------------------------------------------------------------------------------------
@@ -194,16 +192,12 @@ def make_step(budget: Budget):
 def batch(stream: np.ndarray, budget: Budget, step: int) -> np.ndarray:
     """Random windows that depend on the step alone, so a resumed run sees what an unbroken one would."""
     length = budget.window(step)
-    starts = np.random.default_rng((SEED, step)).integers(
-        0, len(stream) - length - 1, budget.tokens // length
-    )
+    starts = np.random.default_rng((SEED, step)).integers(0, len(stream) - length - 1, budget.tokens // length)
     return np.stack([stream[s : s + length + 1] for s in starts]).astype(np.int32)
 
 
 def snapshots(work: Path) -> ocp.CheckpointManager:
-    return ocp.CheckpointManager(
-        work.resolve() / "snapshots", options=ocp.CheckpointManagerOptions(max_to_keep=2)
-    )
+    return ocp.CheckpointManager(work.resolve() / "snapshots", options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
 
 def resume(manager: ocp.CheckpointManager, state):
@@ -255,9 +249,7 @@ def complete(params, prompt: str, count: int = 160, temperature: float = 0.7) ->
     ids = tokenizer.encode(prompt).ids
     forward = jax.jit(lambda tokens: network().apply({"params": params}, tokens))
     for i in range(count):
-        padded = np.zeros(
-            (1, 256), np.int32
-        )  # one shape, one compilation; causal attention ignores the padding
+        padded = np.zeros((1, 256), np.int32)  # one shape, one compilation; causal attention ignores the padding
         padded[0, : len(ids)] = ids
         logits = forward(padded)[0, len(ids) - 1] / temperature
         ids.append(int(jax.random.categorical(jax.random.fold_in(jax.random.key(SEED), i), logits)))
@@ -295,9 +287,7 @@ def export(work: Path, budget: Budget) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=HERE / "work", help="token streams and snapshots")
     parser.add_argument("--steps", type=int, default=Budget.steps)
     parser.add_argument("--every", type=int, default=500, help="steps between snapshots")
