@@ -19,13 +19,35 @@ Params = Mapping[str, Any]
 Attrs = dict[str, Attr]
 
 IDENTITY = frozenset(
-    "stop_gradient copy copy_p sharding_constraint name optimization_barrier mesh_cast reshard".split()
+    [
+        "stop_gradient",
+        "copy",
+        "copy_p",
+        "sharding_constraint",
+        "name",
+        "optimization_barrier",
+        "mesh_cast",
+        "reshard",
+    ]
 )
 """Primitives that pass their operands on."""
 
 INLINED = frozenset(
-    "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call "
-    "custom_vjp_call_jaxpr custom_lin xla_call run_state".split()
+    [
+        "jit",
+        "pjit",
+        "closed_call",
+        "core_call",
+        "remat",
+        "remat2",
+        "checkpoint",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "custom_vjp_call_jaxpr",
+        "custom_lin",
+        "xla_call",
+        "run_state",
+    ]
 )
 """Primitives that call a jaxpr, which is imported in their place."""
 

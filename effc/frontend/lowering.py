@@ -53,9 +53,14 @@ def lower(source: Source) -> Lowered:
     func = graph.func("forward")
     stuck = _mixing(func)
     if stuck or notes:
-        reasons = [*notes, *(f"{op.loc}: '{op.kind}' mixes tokens and has no incremental rule" for op in stuck[:1])]
+        reasons = [
+            *notes,
+            *(f"{op.loc}: '{op.kind}' mixes tokens and has no incremental rule" for op in stuck[:1]),
+        ]
         func, extra = _windowed(flat), reasons
-        notes = [f"{reasons[0]}; every step recomputes the whole window: cost grows with the length"] + extra[1:]
+        notes = [f"{reasons[0]}; every step recomputes the whole window: cost grows with the length"] + extra[
+            1:
+        ]
     params = plain if any(op.kind == "window" for op in func.ops) else graph.params
     module = rename_values(roll(_module(source, func, params, context)))
     _refuse_blind(module)
@@ -68,9 +73,9 @@ def raise_all(graph: Graph, context: int) -> list[str]:
     raise_linears(graph)
     simplify(graph)
     raise_norms(graph)
-    raise_activations(graph)
     simplify(graph)
     notes = raise_attentions(graph, context)
+    raise_activations(graph)
     simplify(graph)
     notes += lift_positions(graph)
     raise_embeddings(graph)
@@ -90,7 +95,9 @@ def _mixing(func: Func) -> list[Op]:
     """Ops that need other tokens' values and have no cache of their own."""
     types = func.types()
     deps = dependence(func.ops, [v.name for v in func.inputs])
-    return [op for op in func.ops if deps[op.outputs[0].name] == Dep.TOKENS and not keeps_tokens_apart(op, types)]
+    return [
+        op for op in func.ops if deps[op.outputs[0].name] == Dep.TOKENS and not keeps_tokens_apart(op, types)
+    ]
 
 
 def _windowed(flat: Func) -> Func:
@@ -98,7 +105,9 @@ def _windowed(flat: Func) -> Func:
     (tokens,) = flat.inputs
     logits = Value("logits", flat.result_types()[0])
     inner = replace(flat, name="body")
-    op = Op("window", (tokens.name,), (logits,), attrs={"why": "not raised"}, regions={"body": inner}, loc=Loc())
+    op = Op(
+        "window", (tokens.name,), (logits,), attrs={"why": "not raised"}, regions={"body": inner}, loc=Loc()
+    )
     return Func("forward", flat.inputs, (op,), ("logits",))
 
 
@@ -132,7 +141,9 @@ def _refuse_blind(module: Module) -> None:
 # -- arrays ---------------------------------------------------------------------------------------------
 def store_of(module: Module, weights: Weights, constants: Mapping[str, np.ndarray]) -> Store:
     """The module's parameters, read from the checkpoint when asked for."""
-    return Store({name: Lazy(param, _reader(param, weights, constants)) for name, param in module.params.items()})
+    return Store(
+        {name: Lazy(param, _reader(param, weights, constants)) for name, param in module.params.items()}
+    )
 
 
 def _reader(
@@ -158,6 +169,3 @@ def _piece(path: str, weights: Weights, constants: Mapping[str, np.ndarray]) -> 
         return weights.read(path)
     axis = match[2].count(":")
     return np.take(_piece(match[1], weights, constants), int(match[3]), axis=axis)
-
-
-__all__ = ["FROM_NUMPY", "Any", "Lowered", "Type", "lower", "raise_all", "store_of"]

@@ -25,14 +25,21 @@ def rename_values(module: Module) -> Module:
             block = op.attrs.get("block")
             if isinstance(block, Ref):
                 carry = op.attrs.get("carry", 1)
-                asked[block.name] = [*([""] * carry if isinstance(carry, int) else []), *op.inputs[len(op.outputs) :]]
+                asked[block.name] = [
+                    *([""] * carry if isinstance(carry, int) else []),
+                    *op.inputs[len(op.outputs) :],
+                ]
     return module
 
 
 def _renamed(func: Func, asked: Sequence[str]) -> Func:
     """Inputs take the names they have where the block is run."""
     names = {v.name: hint for v, hint in zip(func.inputs, asked, strict=False) if hint}
-    names |= {v.name: v.name for v in func.inputs if v.name not in names and not re.fullmatch(r"v\d+(\.\d+)?", v.name)}
+    names |= {
+        v.name: v.name
+        for v in func.inputs
+        if v.name not in names and not re.fullmatch(r"v\d+(\.\d+)?", v.name)
+    }
     taken = set(names.values())
     for value in func.inputs:
         if value.name not in names:

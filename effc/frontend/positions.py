@@ -194,7 +194,10 @@ def _table(graph: Graph, op: Op, operands: Sequence[jax.Array], positions: jax.A
         return None
     offset = start[axes[0]]
     rows = jnp.take(operands[0], positions + offset, axis=axes[0], mode="clip")
-    rest = [slice(None) if a == axes[0] else slice(int(s), int(s) + n) for a, (s, n) in enumerate(zip(start, _sizes(op)))]  # type: ignore[arg-type]
+    rest = [
+        slice(None) if a == axes[0] else slice(int(s), int(s) + n)
+        for a, (s, n) in enumerate(zip(start, _sizes(op)))
+    ]  # type: ignore[arg-type]
     return rows[tuple(rest)]
 
 
@@ -236,7 +239,11 @@ def _indexed(graph: Graph, op: Op) -> list[int]:
         out = apply(o, [values[i] for i in o.inputs], {}, context)
         values.update(zip((v.name for v in o.outputs), out, strict=True))
     found = np.asarray(values[graph.find(index)]).reshape(-1)
-    rows = graph.params[op.params["table"]].type.shape[0] if op.kind == "embed" else graph.type(op.inputs[0]).shape[0]
+    rows = (
+        graph.params[op.params["table"]].type.shape[0]
+        if op.kind == "embed"
+        else graph.type(op.inputs[0]).shape[0]
+    )
     counts = found.size % t == 0 and bool((np.diff(found.reshape(-1, t), axis=1) == 1).all())
     return [int(rows) - int(found[0])] if counts and isinstance(rows, int) else []
 
@@ -278,7 +285,13 @@ def _swap(graph: Graph, use: Use, new: str) -> None:
     op = graph.op(use.user.outputs[0].name) or use.user
     inputs = [new if i == graph.find(use.name) else i for i in op.inputs]
     names = graph.add(
-        op.kind, inputs, [v.type for v in op.outputs], params=op.params, attrs=op.attrs, regions=op.regions, loc=op.loc
+        op.kind,
+        inputs,
+        [v.type for v in op.outputs],
+        params=op.params,
+        attrs=op.attrs,
+        regions=op.regions,
+        loc=op.loc,
     )
     for old, made in zip(op.outputs, names, strict=True):
         graph.become(old.name, made)

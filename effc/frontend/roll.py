@@ -29,7 +29,9 @@ class Wiring:
 
     carried: dict[Slot, str]
     fixed: dict[str, None]
-    sources: list[list[tuple[str, object]]]  # of each op's operands: ("in", slot) ("carry", slot) ("fixed", name)
+    sources: list[
+        list[tuple[str, object]]
+    ]  # of each op's operands: ("in", slot) ("carry", slot) ("fixed", name)
 
 
 def roll(module: Module, name: str = "forward") -> Module:
@@ -42,8 +44,6 @@ def roll(module: Module, name: str = "forward") -> Module:
             break
         module = _fold(module, name, *found, block="layer" if turn == 1 else f"layer{turn}")
     return module
-
-
 
 
 # -- order ----------------------------------------------------------------------------------------------
@@ -113,7 +113,9 @@ def _best(func: Func, module: Module) -> tuple[Run, Wiring] | None:
             and (wiring := wire(func, run_at)) is not None and _worth(func, run_at)
         ]  # fmt: skip
         if options:
-            return min(options, key=lambda option: (len(option[1].carried), -option[0].times, option[0].start))
+            return min(
+                options, key=lambda option: (len(option[1].carried), -option[0].times, option[0].start)
+            )
     return None
 
 
@@ -189,7 +191,9 @@ def _source(names: Sequence[str], made: dict[str, Slot], run: Run) -> tuple[str,
     for name in names:
         at, k = made.get(name, (-1, 0))
         inside = run.start <= at < run.start + run.times * run.period
-        places.append(((at - run.start) // run.period, ((at - run.start) % run.period, k)) if inside else None)
+        places.append(
+            ((at - run.start) // run.period, ((at - run.start) % run.period, k)) if inside else None
+        )
     if all(place is None for place in places):
         return ("fixed", names[0]) if len(set(names)) == 1 else None
     slots = {place[1] for place in places[1:] if place is not None}
@@ -217,7 +221,9 @@ def _closed(func: Func, run: Run, carried: dict[Slot, str], made: dict[str, Slot
 # -- folding --------------------------------------------------------------------------------------------
 def _fold(module: Module, name: str, run: Run, wiring: Wiring, block: str) -> Module:
     func = module.funcs[name]
-    pieces = [func.ops[run.start + r * run.period : run.start + (r + 1) * run.period] for r in range(run.times)]
+    pieces = [
+        func.ops[run.start + r * run.period : run.start + (r + 1) * run.period] for r in range(run.times)
+    ]
     roles, stacked, old = _stack_params(module, pieces)
     types = func.types()
     slots = list(wiring.carried)
@@ -282,7 +288,10 @@ def stack(params: Sequence[Param], taken: set[str]) -> Param:
     path, over = template([p.path for p in params])
     wanted = re.sub(r"[_./]?\[?[:,]*\*\]?", "", path.split("|")[0]).replace("/", ".").strip(".") or "stack"
     suffix = re.search(r"(\.\d+)$", params[0].name)
-    name, turn = wanted + (suffix[1] if suffix and "." + params[0].path.rsplit("/", 1)[-1] != suffix[1] else ""), 2
+    name, turn = (
+        wanted + (suffix[1] if suffix and "." + params[0].path.rsplit("/", 1)[-1] != suffix[1] else ""),
+        2,
+    )
     while name in taken:
         name, turn = f"{wanted}.{turn}", turn + 1
     whole = over == (0, len(params), 1)

@@ -76,7 +76,9 @@ def transposed(graph: Graph, name: str, order: tuple[int, ...], op: Op | None = 
         return name
     type = graph.type(name)
     shape = tuple(type.shape[i] for i in order)
-    return graph.one("lax.transpose", [name], Type(type.dtype, shape), op.loc if op else None, permutation=order)
+    return graph.one(
+        "lax.transpose", [name], Type(type.dtype, shape), op.loc if op else None, permutation=order
+    )
 
 
 def _reshape(graph: Graph, op: Op) -> str | None:
@@ -198,7 +200,13 @@ def never_negative(graph: Graph, name: str) -> bool:
         return name == "tokens"
     if op.kind in {"positions", "lax.iota"}:
         return True
-    if op.kind in {"lax.reshape", "lax.broadcast_in_dim", "lax.transpose", "lax.convert_element_type", "lax.add"}:
+    if op.kind in {
+        "lax.reshape",
+        "lax.broadcast_in_dim",
+        "lax.transpose",
+        "lax.convert_element_type",
+        "lax.add",
+    }:
         return all(never_negative(graph, i) for i in op.inputs)
     value = literal(graph, name)
     return value is not None and value >= 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -11,7 +12,6 @@ import jax.numpy as jnp
 
 from effc.errors import EffcError
 from effc.ir.types import Dim, Size, name_dim, polynomial
-from fractions import Fraction
 
 POINTS = ((2, 12), (3, 16))
 """The two (b, t) at which a model is traced: no size of one is a size of the other."""
@@ -52,7 +52,9 @@ def _trace_at(forward: Callable[..., Any], spec: Any, b: int, t: int) -> Any:
     tokens = jax.ShapeDtypeStruct((b, t), jnp.int32)
     jaxpr = jax.make_jaxpr(forward)(spec, tokens)
     if len(jaxpr.out_avals) != 1:
-        raise EffcError(f"forward: returns {len(jaxpr.out_avals)} arrays, want logits [batch, length, vocabulary]")
+        raise EffcError(
+            f"forward: returns {len(jaxpr.out_avals)} arrays, want logits [batch, length, vocabulary]"
+        )
     _check_logits(jaxpr.out_avals[0].shape, b, t)
     return jaxpr
 

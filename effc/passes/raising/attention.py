@@ -21,7 +21,7 @@ from effc.ir.interpret import shape_of
 from effc.ir.ops import ELEMENTWISE
 from effc.ir.tokens import token_axes
 from effc.ir.types import Size, Type, depends, divide, name_dim, product
-from effc.passes.raising.points import Points, Unseen
+from effc.passes.raising.points import Points, Unseen, Where
 from effc.passes.raising.probe import peel, run_region
 
 B, T = name_dim("b"), name_dim("t")
@@ -30,10 +30,11 @@ CASTS = frozenset({"lax.convert_element_type"})
 
 @dataclass(frozen=True)
 class Softmax:
-    """p = softmax(z) over the last axis of z."""
+    """p = softmax(z) over the last axis of z; `after` are the moves from p to where it is used."""
 
     p: str
     z: str
+    after: tuple[Op, ...]
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,23 @@ class Operand:
 
 @dataclass(frozen=True)
 class Axes:
-    """Axes of the softmax's input: sequences, queries, keys; heads that keys share, then the queries' own."""
+    """Axes of the scores' product: sequences, queries, keys, heads that keys share, the queries' own heads."""
 
     batch: int
     query: int
     key: int
     shared: tuple[int, ...]
     own: tuple[int, ...]
+    sizes: tuple[Size, ...]
 
     @property
     def heads(self) -> tuple[int, ...]:
         """Head axes in the order in which `attention` counts heads."""
         return (*self.shared, *self.own)
+
+
+Layout = tuple[tuple[int, ...], ...]
+"""For each axis of a value, the axes of the scores' product it is made of: reshapes merge them."""
 
 
 def raise_attentions(graph: Graph, context: int) -> list[str]:
@@ -82,20 +88,28 @@ def _raise(graph: Graph, out: Op, context: int) -> str | None:
     else:
         return None
     try:
-        scores, places = _scores(graph, soft.z)
-        product = _product(graph, scores, places)
-        form = Points(graph).form(soft.z, scores.outputs[0].name, product.axes, context)
-        made = _build(graph, out, side, soft, scores, product, form)
+        scores, path = _scores(graph, soft.z)
+        found = _product(graph, scores)
+        layout = _moved(tuple((a,) for a in range(len(scores.out.type.shape))), path, found.axes)
+        form = Points(graph).form(soft.z, scores.outputs[0].name, Where(found.axes, layout), context)
+        made = _build(graph, out, side, soft, scores, found, _moved(layout, soft.after, found.axes), form)
     except Unseen as reason:
         return str(reason)
     graph.become(out.outputs[0].name, made)
     return None
 
 
+MOVES = frozenset({"lax.transpose", "lax.reshape"})
+
+
 def _softmax(graph: Graph, name: str) -> Softmax | None:
-    """The softmax over the last axis that a value is, casts aside."""
-    p = peel(graph, name, CASTS)
-    op = graph.op(p)
+    """The softmax over the last axis that a value is, casts and moves aside."""
+    after: list[Op] = []
+    op = graph.op(name)
+    while op is not None and op.kind in MOVES | CASTS:
+        after += [op] if op.kind in MOVES else []
+        name, op = op.inputs[0], graph.op(op.inputs[0])
+    p = graph.find(name)
     if op is None or op.kind != "lax.div":
         return None
     top = graph.op(peel(graph, op.inputs[0], CASTS))
@@ -106,13 +120,13 @@ def _softmax(graph: Graph, name: str) -> Softmax | None:
     summed = graph.op(peel(graph, below.inputs[0], CASTS))
     if below.attrs["axes"] != (rank - 1,) or summed != top or len(token_axes(graph.type(p))) != 2:
         return None
-    less = graph.op(top.inputs[0])
-    if less is not None and less.kind == "lax.sub" and _is_max(graph, less.inputs[1], less.inputs[0]):
-        return Softmax(p, graph.find(less.inputs[0]))
-    return Softmax(p, graph.find(top.inputs[0]))
+    less, after = graph.op(top.inputs[0]), after[::-1]
+    if less is not None and less.kind == "lax.sub" and _is_max(graph, less.inputs[1]):
+        return Softmax(p, graph.find(less.inputs[0]), tuple(after))
+    return Softmax(p, graph.find(top.inputs[0]), tuple(after))
 
 
-def _is_max(graph: Graph, name: str, z: str) -> bool:
+def _is_max(graph: Graph, name: str) -> bool:
     """Whether `name` is the same number for a whole row: then it cancels, whatever it is."""
     op = graph.op(
         peel(graph, name, {"lax.reshape", "lax.broadcast_in_dim", "lax.convert_element_type", "lax.max"})
@@ -120,31 +134,54 @@ def _is_max(graph: Graph, name: str, z: str) -> bool:
     return op is not None and op.kind == "lax.reduce_max"
 
 
-def _scores(graph: Graph, z: str) -> tuple[Op, list[int]]:
-    """The product of two token-indexed values that z is computed from, and where each axis of z is in it."""
-    rank = len(graph.type(z).shape)
-    stack, seen = [(z, list(range(rank)))], set[str]()
+def _scores(graph: Graph, z: str) -> tuple[Op, list[Op]]:
+    """The product of two token-indexed values that z is computed from, and the moves from it to z."""
+    stack: list[tuple[str, list[Op]]] = [(z, [])]
+    seen = set[str]()
     while stack:
-        name, places = stack.pop()
+        name, path = stack.pop()
         op = graph.op(name)
         if op is None or name in seen:
             continue
         seen.add(name)
         if op.kind == "lax.dot_general" and all(len(token_axes(graph.type(i))) == 1 for i in op.inputs):
-            return op, places
-        if op.kind in ELEMENTWISE:
-            stack += [(i, places) for i in op.inputs if len(graph.type(i).shape) == len(places)]
-        elif op.kind == "lax.transpose":
+            return op, path
+        if op.kind in ELEMENTWISE | MOVES:
+            stack += [(i, [op, *path] if op.kind in MOVES else path) for i in op.inputs]
+    raise Unseen("no product of queries and keys under the softmax")
+
+
+def _moved(layout: Layout, moves: Sequence[Op], axes: Axes) -> Layout:
+    """A layout after transposes and reshapes."""
+    for op in moves:
+        if op.kind == "lax.transpose":
             order = op.attrs["permutation"]
             assert isinstance(order, tuple)
-            stack.append((op.inputs[0], [order[a] for a in places]))  # type: ignore[misc]
-    raise Unseen("no product of queries and keys under the softmax")
+            layout = tuple(layout[a] for a in order)  # type: ignore[index, misc]
+        else:
+            layout = _regrouped([a for group in layout for a in group], op.out.type.shape, axes)
+    return layout
+
+
+def _regrouped(flat: list[int], shape: Sequence[Size], axes: Axes) -> Layout:
+    """Consecutive axes put together so that their products are the new sizes."""
+    groups: list[tuple[int, ...]] = []
+    for size in shape:
+        group: list[int] = []
+        while product(tuple(axes.sizes[a] for a in group)) != size:
+            if not flat:
+                raise Unseen("scores are reshaped in a way that does not keep heads whole")
+            group.append(flat.pop(0))
+        groups.append(tuple(group))
+    if any(axes.sizes[a] != 1 for a in flat):
+        raise Unseen("scores are reshaped in a way that does not keep heads whole")
+    return tuple(groups)
 
 
 # -- axes -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Product:
-    """The scores' product: which operand is the queries, the axes of both and of the softmax's input."""
+    """The scores' product: which operand is the queries, the axes of both and of the result."""
 
     queries: int
     q: Operand
@@ -152,34 +189,43 @@ class Product:
     axes: Axes
 
 
-def _product(graph: Graph, op: Op, places: Sequence[int]) -> Product:
-    """What each axis of the scores' product is, told by which operand the keys' axis comes from."""
+def _product(graph: Graph, op: Op) -> Product:
+    """What each axis of the scores' product is; the softmax's last axis must turn out to be its keys."""
     contract, batch = _numbers(op)
-    free = [[a for a in range(len(graph.type(op.inputs[s]).shape)) if a not in (*contract[s], *batch[s])] for s in (0, 1)]
-    made = [("batch", i) for i in range(len(batch[0]))] + [(s, a) for s in (0, 1) for a in free[s]]
-    of = [made[p] for p in places]
-    side, key_axis = of[-1]
-    if not isinstance(side, int):
-        raise Unseen("keys are an axis that queries share")
-    queries = 1 - side
+    free = [
+        [a for a in range(len(graph.type(op.inputs[s]).shape)) if a not in (*contract[s], *batch[s])]
+        for s in (0, 1)
+    ]
     tokens = [token_axes(graph.type(i)) for i in op.inputs]
-    if any(graph.type(op.inputs[s]).shape[tokens[s][0]] != T for s in (0, 1)) or [key_axis] != tokens[side]:
+    if any(graph.type(op.inputs[s]).shape[tokens[s][0]] != T or tokens[s][0] not in free[s] for s in (0, 1)):
         raise Unseen("an operand of the scores has no axis of tokens alone")
-    if len(free[side]) != 1:
-        raise Unseen("keys have heads that queries lack")
     sequences = [i for i, a in enumerate(batch[0]) if depends(graph.type(op.inputs[0]).shape[a], "b")]
     if len(sequences) != 1:
         raise Unseen("the scores' product keeps no axis of sequences")
-    (at,) = sequences
+    keys = 1 if len(free[1]) == 1 else 0
+    if len(free[keys]) != 1:
+        raise Unseen("keys have heads that queries lack")
+    return _sided(op, 1 - keys, sequences[0], free, tokens)
+
+
+def _sided(op: Op, queries: int, at: int, free: list[list[int]], tokens: list[list[int]]) -> Product:
+    """The product with this operand for queries; `at` is the batch axis of sequences."""
+    contract, batch = _numbers(op)
+    place = {(s, a): len(batch[0]) + n for n, (s, a) in enumerate([(s, a) for s in (0, 1) for a in free[s]])}
     shared = [i for i in range(len(batch[0])) if i != at]
     own = [a for a in free[queries] if a != tokens[queries][0]]
     axes = Axes(
-        of.index(("batch", at)), of.index((queries, tokens[queries][0])), len(of) - 1,
-        tuple(of.index(("batch", i)) for i in shared), tuple(of.index((queries, a)) for a in own),
+        at, place[(queries, tokens[queries][0])], place[(1 - queries, tokens[1 - queries][0])], tuple(shared),
+        tuple(place[(queries, a)] for a in own), op.out.type.shape,
     )  # fmt: skip
     q, k = (
-        Operand(batch[s][at], tokens[s][0], (*(batch[s][i] for i in shared), *(own if s == queries else ())), contract[s])
-        for s in (queries, side)
+        Operand(
+            batch[s][at],
+            tokens[s][0],
+            (*(batch[s][i] for i in shared), *(own if s == queries else ())),
+            contract[s],
+        )
+        for s in (queries, 1 - queries)
     )
     return Product(queries, q, k, axes)
 
@@ -206,10 +252,11 @@ def _four(graph: Graph, name: str, operand: Operand) -> str:
 
 
 def _build(
-    graph: Graph, out: Op, side: int, soft: Softmax, scores: Op, found: Product, form: tuple[dict[str, Attr], Func | None]
+    graph: Graph, out: Op, side: int, soft: Softmax, scores: Op, found: Product, layout: Layout,
+    form: tuple[dict[str, Attr], Func | None],
 ) -> str:  # fmt: skip
     """The attention, in the axes that the product of probabilities and values had."""
-    value = _values(graph, out, 1 - side, found.axes)
+    value = _values(graph, out, 1 - side, found.axes, layout)
     q = _four(graph, scores.inputs[found.queries], found.q)
     k = _unrepeated(graph, _four(graph, scores.inputs[1 - found.queries], found.k))
     v = _unrepeated(graph, _four(graph, out.inputs[1 - side], value))
@@ -220,37 +267,50 @@ def _build(
     type = Type(out.out.type.dtype, (B, T, graph.type(q).shape[2], graph.type(v).shape[3]))
     regions = {"bias": region} if region else {}
     (made,) = graph.add("attention", [q, k, v], type, attrs=attrs, regions=regions, loc=scores.loc)
-    return _as_product(graph, made, out, side, found.axes, graph.type(soft.p).shape, value)
+    return _as_product(graph, made, out, side, found.axes, layout, value)
 
 
-def _values(graph: Graph, out: Op, side: int, axes: Axes) -> Operand:
-    """Axes of the values: tokens are summed with the keys, heads go with those of the keys."""
+def _values(graph: Graph, out: Op, side: int, axes: Axes, layout: Layout) -> Operand:
+    """Axes of the values: tokens are summed with the keys, heads go with those of the scores."""
     contract, batch = _numbers(out)
     type = graph.type(out.inputs[side])
-    if tuple(contract[1 - side]) != (axes.key,) or token_axes(type) != list(contract[side]):
+    summed = [layout[a] for a in contract[1 - side]]
+    if summed != [(axes.key,)] or token_axes(type) != list(contract[side]):
         raise Unseen("the probabilities are not summed with the values over the keys alone")
-    of = dict(zip(batch[1 - side], batch[side], strict=True))  # axis of the probabilities -> of the values
-    if set(of) != {axes.batch, *axes.shared}:
+    of = {layout[p]: v for p, v in zip(batch[1 - side], batch[side], strict=True)}
+    sequences = of.pop((axes.batch,), None)
+    heads = sorted(of, key=lambda group: [axes.heads.index(a) for a in group])
+    flat = tuple(a for group in heads for a in group)
+    if sequences is None or flat not in (axes.shared, axes.heads):
         raise Unseen("values have other heads than keys")
     width = tuple(a for a in range(len(type.shape)) if a not in (*batch[side], *contract[side]))
-    return Operand(of[axes.batch], contract[side][0], tuple(of[a] for a in axes.shared), width)
+    return Operand(sequences, contract[side][0], tuple(of[group] for group in heads), width)
 
 
 def _as_product(
-    graph: Graph, made: str, out: Op, side: int, axes: Axes, shape: Sequence[Size], value: Operand
+    graph: Graph, made: str, out: Op, side: int, axes: Axes, layout: Layout, value: Operand
 ) -> str:
-    """attention's [b,t,h,e] in the axes of the product with the values; `shape` is the probabilities'."""
+    """attention's [b,t,h,e] in the axes of the product with the values."""
     _, batch = _numbers(out)
     width = [graph.type(out.inputs[1 - side]).shape[a] for a in value.width]
-    merged = divide(shape[axes.batch], B)
-    split: list[Size] = [B, T, *([merged] if merged != 1 else []), *(shape[a] for a in axes.heads), *width]  # type: ignore[list-item]
+    merged = divide(axes.sizes[axes.batch], B)
+    split: list[Size] = [
+        B,
+        T,
+        *([merged] if merged != 1 else []),
+        *(axes.sizes[a] for a in axes.heads),
+        *width,
+    ]  # type: ignore[list-item]
     first = 3 if merged != 1 else 2
     place = {a: [first + n] for n, a in enumerate(axes.heads)}
     place |= {axes.batch: [0] if merged == 1 else [0, 2], axes.query: [1]}
-    free = [a for a in range(len(shape)) if a not in (*batch[side], axes.key)]
+    spread = {
+        n: [k for a in group for k in place[a]] for n, group in enumerate(layout) if group != (axes.key,)
+    }
+    free = [n for n in spread if n not in batch[side]]
     tail = list(range(len(split) - len(width), len(split)))
-    mine = [n for a in free for n in place[a]]
-    order = [n for a in batch[side] for n in place[a]] + ([*mine, *tail] if side == 0 else [*tail, *mine])
+    mine = [k for n in free for k in spread[n]]
+    order = [k for n in batch[side] for k in spread[n]] + ([*mine, *tail] if side == 0 else [*tail, *mine])
     moved = transposed(graph, reshaped(graph, made, tuple(split)), tuple(order))
     return reshaped(graph, moved, out.out.type.shape)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ import numpy as np
 
 from effc.frontend.graph import Graph
 from effc.ir.core import Attr, Func, Op, Value
-from effc.ir.interpret import Context, concrete, shape_of
+from effc.ir.interpret import concrete, shape_of
 from effc.ir.ops import ELEMENTWISE
-from effc.ir.types import Type
+from effc.ir.types import Size, Type, evaluate
 from effc.passes.raising.probe import region, run_region, signature
 from effc.runtime import primitives
 
@@ -32,7 +32,7 @@ Form = tuple[dict[str, Attr], Func | None]
 
 
 class Axes(Protocol):
-    """Which axis of a softmax's input is what."""
+    """Which axis of the scores' product is what."""
 
     @property
     def batch(self) -> int: ...
@@ -42,6 +42,16 @@ class Axes(Protocol):
     def key(self) -> int: ...
     @property
     def heads(self) -> tuple[int, ...]: ...
+    @property
+    def sizes(self) -> tuple[Size, ...]: ...
+
+
+@dataclass(frozen=True)
+class Where:
+    """What each axis of the softmax's input is made of."""
+
+    axes: Axes
+    layout: tuple[tuple[int, ...], ...]
 
 
 class Points:
@@ -51,25 +61,27 @@ class Points:
         self.graph = graph
         self.known: dict[str, Form] = graph.memo.setdefault("masks", {})
 
-    def form(self, z: str, scores: str, axes: Axes, context: int) -> Form:
+    def form(self, z: str, scores: str, where: Where, context: int) -> Form:
         """Scale, cap, window and bias of the path from `scores` to the softmax's input `z`."""
         text = signature(self.graph, [z], [scores]) + f"@{context}"
         if text not in self.known:
-            self.known[text] = _Mask(self.graph, z, scores, axes, context).form()
+            self.known[text] = _Mask(self.graph, z, scores, where, context).form()
         return self.known[text]
 
 
 class _Mask:
     """One softmax input as a function of (score, head, query position, key position)."""
 
-    def __init__(self, graph: Graph, z: str, scores: str, axes: Axes, context: int) -> None:
+    def __init__(self, graph: Graph, z: str, scores: str, where: Where, context: int) -> None:
         self.graph, self.z, self.scores = graph, z, graph.find(scores)
         self.sizes = {"b": 1, "t": context}
-        self.context, self.axes = context, axes
-        shape = shape_of(graph.type(z), self.sizes)
+        self.context, self.where = context, where
+        axes = where.axes
         self.head_axes = (axes.batch, *axes.heads)  # sequences may share their axis with heads
-        self.head_shape = tuple(shape[a] for a in self.head_axes)
+        self.head_shape = tuple(evaluate(axes.sizes[a], self.sizes) for a in self.head_axes)
         self.heads = int(np.prod(self.head_shape))
+        if where.layout[-1] != (axes.key,):
+            raise Unseen("keys are not the axis that the softmax sums over")
 
     def form(self) -> Form:
         """The attributes of `attention`, and the bias region if there is one."""
@@ -153,10 +165,17 @@ class _Mask:
 
     def _at(self, score: float, head: Any, i: Any, j: Any) -> np.ndarray:
         """z where the score is `score`."""
-        index = {self.axes.query: np.asarray(i), self.axes.key: np.asarray(j)}
-        index |= dict(zip(self.head_axes, np.unravel_index(np.asarray(head), self.head_shape), strict=True))
-        places = tuple(np.asarray(index[a]) for a in range(len(index)))
+        apart = dict(zip(self.head_axes, np.unravel_index(np.asarray(head), self.head_shape), strict=True))
+        apart |= {self.where.axes.query: np.asarray(i), self.where.axes.key: np.asarray(j)}
+        places = tuple(np.asarray(self._merged(group, apart)) for group in self.where.layout)
         return np.asarray(_At(self.graph, self.sizes, {self.scores: np.float32(score)}).value(self.z, places))
+
+    def _merged(self, group: tuple[int, ...], apart: dict[int, Any]) -> Any:
+        """The index along an axis that is several axes put together."""
+        index: Any = 0
+        for axis in group:
+            index = index * evaluate(self.where.axes.sizes[axis], self.sizes) + apart[axis]
+        return index
 
 
 def _short(x: float) -> float:
@@ -328,6 +347,3 @@ def _alibi(graph: Graph, slopes: np.ndarray) -> Func:
         Op("lax.mul", ("far", "slope"), (Value("bias", Type("f32", ())),)),
     )
     return Func("bias", tuple(Value(v, scalar) for v in "ijh"), ops, ("bias",))
-
-
-__all__ = ["Context", "Points", "Sequence", "Unseen"]

@@ -202,7 +202,7 @@ def _table(graph: Graph, positions: str, rotation: Rotation) -> list[str]:
 def _geometric(rotation: Rotation) -> float:
     """theta where freq is theta^(-2i/dims), else 0."""
     freq, dims = np.array(rotation.freq), rotation.dims
-    if dims < 4 or freq[0] != 1.0 and abs(freq[0] - 1) > 1e-6:
+    if dims < 4 or (freq[0] != 1.0 and abs(freq[0] - 1) > 1e-6):
         return 0.0
     raw = float(freq[-1] ** (-dims / (dims - 2)))
     theta = float(f"{raw:.4g}")
