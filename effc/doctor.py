@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "effc", "jax", "jaxlib", "flax", "numpy", "ml-dtypes", "lark", "libcst", "orbax-checkpoint", "msgpack", "tokenizers", "jinja2", "rich",
+    "effc", "jax", "jaxlib", "flax", "numpy", "ml-dtypes", "lark", "libcst", "orbax-checkpoint", "msgpack",
+    "tokenizers", "jinja2", "rich",
 )  # fmt: skip
-EXTRAS = {"gguf": "reads GGUF checkpoints", "optax": "trains and distils"}
+EXTRAS = {
+    "gguf": "reads GGUF checkpoints",
+    "flatbuffers": "optimize --export",
+    "optax": "trains the bundled model",
+}
 FEATURES = (
     "avx2",
     "avx512f",
