@@ -153,14 +153,7 @@ def test_extend_in_any_chunking_equals_forward_with_poisoned_rows(engine: Engine
 def test_the_cache_is_updated_in_place(engine: Engine) -> None:
     how = How(Sampling(), Sampling().numbers(), jnp.array([DONE]))
     cache, row = engine.empty(1, 128), jnp.zeros(1, jnp.int32)
-    state = {
-        "cache": cache,
-        "token": row,
-        "done": row > 0,
-        "row": row,
-        "seed": jax.random.key(0),
-        "seen": None,
-    }
+    state = {"cache": cache, "token": row, "done": row > 0, "row": row + 0, "seed": jax.random.key(0), "seen": None}
     before = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache.entries)}
     others = set(engine._compiled)
     state, _ = engine.decode(state, how, 3, 3)

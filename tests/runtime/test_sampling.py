@@ -13,7 +13,9 @@ from effc.errors import EffcError
 from effc.runtime import sampling
 from effc.runtime.sampling import Sampling, choose, row_keys
 
-LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=12)
+# One shape, so that each filter compiles once; XLA takes subnormal numbers for 0.
+LOGITS = st.lists(st.floats(-20, 20, width=32, allow_subnormal=False), min_size=8, max_size=8)
+TOP_K, TOP_P, MIN_P = jax.jit(sampling.top_k), jax.jit(sampling.top_p), jax.jit(sampling.min_p)
 QUICK = settings(deadline=None, max_examples=60)
 
 
@@ -21,19 +23,19 @@ def kept(logits: jax.Array) -> np.ndarray:
     return np.isfinite(np.asarray(logits))
 
 
-@given(LOGITS, st.integers(1, 12))
+@given(LOGITS, st.integers(1, 9))
 @QUICK
 def test_top_k_keeps_the_k_largest_and_ties(values: list[float], k: int) -> None:
     logits = np.array([values], np.float32)
     floor = np.sort(logits[0])[::-1][min(k, len(values)) - 1]
-    assert (kept(sampling.top_k(jnp.asarray(logits), k))[0] == (logits[0] >= floor)).all()
+    assert (kept(TOP_K(jnp.asarray(logits), k))[0] == (logits[0] >= floor)).all()
 
 
 @given(LOGITS, st.floats(0.01, 1.0))
 @QUICK
 def test_top_p_keeps_enough_and_no_more_than_it_must(values: list[float], p: float) -> None:
     logits = np.array([values], np.float32)
-    keep = kept(sampling.top_p(jnp.asarray(logits), p))[0]
+    keep = kept(TOP_P(jnp.asarray(logits), p))[0]
     weights = np.asarray(jax.nn.softmax(jnp.asarray(logits)))[0].astype(float)
     assert keep[logits[0].argmax()]
     assert weights[keep].sum() >= min(p, 1) - 1e-5
@@ -46,7 +48,7 @@ def test_top_p_keeps_enough_and_no_more_than_it_must(values: list[float], p: flo
 @QUICK
 def test_min_p_compares_with_the_most_likely(values: list[float], p: float) -> None:
     logits = np.array([values], np.float32)
-    keep = kept(sampling.min_p(jnp.asarray(logits), p))[0]
+    keep = kept(MIN_P(jnp.asarray(logits), p))[0]
     ratio = np.exp(logits[0].astype(float) - logits[0].max())
     assert keep[logits[0].argmax()]
     assert keep[ratio > p * 1.0001].all() and not keep[ratio < p * 0.9999].any()
@@ -54,7 +56,7 @@ def test_min_p_compares_with_the_most_likely(values: list[float], p: float) -> N
 
 def test_neutral_settings_change_nothing() -> None:
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((3, 50)), jnp.float32)
-    for changed in (sampling.top_p(logits, 1.0), sampling.min_p(logits, 0.0), sampling.top_k(logits, 50)):
+    for changed in (TOP_P(logits, 1.0), MIN_P(logits, 0.0), TOP_K(logits, 50)):
         assert (changed == logits).all()
     assert (sampling.penalize(logits, jnp.ones((3, 50), bool), 1.0) == logits).all()
 
