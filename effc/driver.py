@@ -34,7 +34,7 @@ from effc.pipeline import Pipeline
 from effc.plan import Plan, side
 from effc.report import PassReport, Report, Side, Speed
 from effc.runtime.weights import load_params
-from effc.weights import Store, nbytes, open_safetensors, write_safetensors
+from effc.weights import Store, elements, nbytes, open_safetensors, write_safetensors
 
 TOLERANCE = 1e-3
 """How far an exact pass may move logits, as a share of their range: f32 rounding through deep models."""
@@ -75,9 +75,7 @@ class State:
         return self.module, self.store
 
 
-def optimize(
-    source: Source, out: Path, settings: Settings | None = None, console: Console | None = None
-) -> Report:
+def optimize(source: Source, out: Path, settings: Settings | None = None, console: Console | None = None) -> Report:
     """Compile `source` into an artifact at `out`; nothing is left there unless all goes well."""
     settings, clock = settings or Settings(), Clock(console)
     pipeline = Pipeline.parse(settings.passes)
@@ -90,6 +88,7 @@ def optimize(
     with clock.step("check"):
         checked = check(lowered, source, text.ids(), seed=settings.seed)
         lowered = replace(lowered, traced=None)  # the model's own program is large and has been compared
+    notes = _notes(pipeline, settings, source, lowered.notes)
     with staged(out, settings.force) as work:
         with _scratch(work) as spool:
             origin = State(lowered.module, lowered.store)
@@ -111,7 +110,7 @@ def optimize(
             with clock.step("evaluate", text.scored) as advance:
                 quality = evaluate.compare(origin.side, final.side, text, advance)
             with clock.step("tokens/s"):
-                speeds = _speeds(origin, final) if settings.speed else (None, None)
+                speeds = _speeds(origin, final, notes) if settings.speed else (None, None)
         exactness = _exactness(pipeline, edited)
         report = Report(
             name=lowered.module.name,
@@ -122,7 +121,7 @@ def optimize(
             after=_side(final.module, quality[1], speeds[1]),
             passes=passes,
             text=_described(text),
-            notes=[*_notes(pipeline, settings, source, lowered.notes), *checked],
+            notes=[*notes, *checked],
             seconds=dict(clock.seconds),
             peak_bytes=peak_bytes(),
         )
@@ -261,9 +260,7 @@ def _check_param(file: Path, origin: Module, module: Module, name: str) -> None:
             f"want {was.stack} * {was.type} of '{was.path}' as in the checkpoint"
         )
     if was.type != now.type and not isinstance(now.type.dtype, Quant):
-        raise EffcError(
-            f"{file}: @{name} is {now.type.dtype}, want {was.type.dtype} as in the checkpoint, or q2 to q8"
-        )
+        raise EffcError(f"{file}: @{name} is {now.type.dtype}, want {was.type.dtype} as in the checkpoint, or q2 to q8")
 
 
 # ---- arrays on disk
@@ -333,14 +330,16 @@ def _random_text(module: Module, settings: Settings) -> Windows:
     return evaluate.random_windows(vocab, window=window, tokens=settings.eval_tokens, seed=settings.seed)
 
 
-def _speeds(origin: State, final: State) -> tuple[Speed, Speed]:
+def _speeds(origin: State, final: State, notes: list[str]) -> tuple[Speed | None, Speed | None]:
     """Of both, one process after the other; measured once where nothing changed."""
-    after = speed.measure(final.files[0].parent)
+    after = speed.measure(final.module, final.files[0].parent / WEIGHTS)
     if origin.module == final.module:
         return after, after
-    folder = origin.files[0].parent
-    artifact.write_module(folder, origin.module)
-    return speed.measure(folder), after
+    why = speed.too_large(origin.module, 4 * elements(origin.module))
+    if why:
+        notes.append(f"tokens/s of the input model is not measured: {why}")
+        return None, after
+    return speed.measure(origin.module, origin.files[0].parent / WEIGHTS), after
 
 
 def _side(module: Module, quality: Quality, speed: Speed | None) -> Side:
