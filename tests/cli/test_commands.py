@@ -124,9 +124,7 @@ def test_generate_batch_is_each_alone(artifact: Path, tmp_path: Path, said: Said
     both = json.loads(said("generate", artifact, "--batch", file, "--max-tokens", 12, "--json"))["outputs"]
     assert [row["prompt"] for row in both] == ["The quick", "fox"]
     for row in both:
-        alone = json.loads(
-            said("generate", artifact, "--prompt", row["prompt"], "--max-tokens", 12, "--json")
-        )
+        alone = json.loads(said("generate", artifact, "--prompt", row["prompt"], "--max-tokens", 12, "--json"))
         assert alone["outputs"][0] == row
     shown = said("generate", artifact, "--batch", file, "--max-tokens", 12)
     assert shown.startswith(f"=== The quick\n{both[0]['text']}")
@@ -184,9 +182,7 @@ def test_chat_needs_a_template(artifact: Path, tmp_path: Path, said: Said, capsy
     manifest["tokenizer"].append("tokenizer_config.json")
     (chat / "manifest.json").write_text(json.dumps(manifest))
     ask = ("--max-tokens", 8, "--prompt")
-    assert said("generate", chat, "--chat", *ask, "hi") == said(
-        "generate", artifact, *ask, "<user>hi<assistant>"
-    )
+    assert said("generate", chat, "--chat", *ask, "hi") == said("generate", artifact, *ask, "<user>hi<assistant>")
 
 
 # -- measure ------------------------------------------------------------------------------------------------
