@@ -49,7 +49,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class Axes:
-    """Axes of the scores' product: sequences, queries, keys, heads that keys share, the queries' own heads."""
+    """Axes of the scores' product: sequences, queries, keys, heads that keys share, the queries' own heads.
+
+    Heads that share an axis with the sequences have a number of their own after all axes: `merged`.
+    """
 
     batch: int
     query: int
@@ -57,11 +60,17 @@ class Axes:
     shared: tuple[int, ...]
     own: tuple[int, ...]
     sizes: tuple[Size, ...]
+    merged: int | None = None
 
     @property
     def heads(self) -> tuple[int, ...]:
         """Head axes in the order in which `attention` counts heads."""
         return (*self.shared, *self.own)
+
+    def straight(self, rank: int) -> Layout:
+        """The layout of the product itself."""
+        both = () if self.merged is None else (self.merged,)
+        return tuple((a, *both) if a == self.batch else (a,) for a in range(rank))
 
 
 Layout = tuple[tuple[int, ...], ...]
@@ -90,7 +99,7 @@ def _raise(graph: Graph, out: Op, context: int) -> str | None:
     try:
         scores, path = _scores(graph, soft.z)
         found = _product(graph, scores)
-        layout = _moved(tuple((a,) for a in range(len(scores.out.type.shape))), path, found.axes)
+        layout = _moved(found.axes.straight(len(scores.out.type.shape)), path, found.axes)
         form = Points(graph).form(soft.z, scores.outputs[0].name, Where(found.axes, layout), context)
         made = _build(graph, out, side, soft, scores, found, _moved(layout, soft.after, found.axes), form)
     except Unseen as reason:
@@ -214,10 +223,15 @@ def _sided(op: Op, queries: int, at: int, free: list[list[int]], tokens: list[li
     place = {(s, a): len(batch[0]) + n for n, (s, a) in enumerate([(s, a) for s in (0, 1) for a in free[s]])}
     shared = [i for i in range(len(batch[0])) if i != at]
     own = [a for a in free[queries] if a != tokens[queries][0]]
-    axes = Axes(
-        at, place[(queries, tokens[queries][0])], place[(1 - queries, tokens[1 - queries][0])], tuple(shared),
-        tuple(place[(queries, a)] for a in own), op.out.type.shape,
-    )  # fmt: skip
+    sizes, merged = list(op.out.type.shape), divide(op.out.type.shape[at], B)
+    if merged is None:
+        raise Unseen(f"axis of size {sizes[at]} is not sequences times heads")
+    apart = len(sizes) if merged != 1 else None
+    if apart is not None:
+        sizes = [*sizes[:at], B, *sizes[at + 1 :], merged]
+    tokens_at = [place[(s, tokens[s][0])] for s in (queries, 1 - queries)]
+    heads = tuple(shared) if apart is None else (apart, *shared)
+    axes = Axes(at, *tokens_at, heads, tuple(place[(queries, a)] for a in own), tuple(sizes), apart)
     q, k = (
         Operand(
             batch[s][at],
@@ -248,7 +262,27 @@ def _four(graph: Graph, name: str, operand: Operand) -> str:
         batch, token, *rest = [a + 1 if a > at else a for a in axes]
         axes, heads = [batch, token, at + 1, *rest], heads * merged  # type: ignore[assignment]
     moved = transposed(graph, name, tuple(axes))
-    return reshaped(graph, moved, (B, T, heads, product(tuple(shape[a] for a in operand.width))))
+    return _straight(graph, reshaped(graph, moved, (B, T, heads, product(tuple(shape[a] for a in operand.width)))))
+
+
+def _straight(graph: Graph, name: str) -> str:
+    """The value that a chain of moves comes back to, if it does; found by numbering elements."""
+    type = graph.type(name)
+    for base in reversed(_shape_chain(graph, name)):
+        if graph.type(base) == type and base != name:
+            ids = _numbered(type)
+            if np.array_equal(run_region(graph, [name], {base: ids}, NUMBERED)[0], ids):
+                return base
+    return name
+
+
+NUMBERED = {"b": 2, "t": 3}
+
+
+def _numbered(type: Type) -> np.ndarray:
+    """Elements 0, 1, 2 ... in the type's shape."""
+    shape = shape_of(type, NUMBERED)
+    return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
 
 
 def _build(
@@ -278,35 +312,24 @@ def _values(graph: Graph, out: Op, side: int, axes: Axes, layout: Layout) -> Ope
     if summed != [(axes.key,)] or token_axes(type) != list(contract[side]):
         raise Unseen("the probabilities are not summed with the values over the keys alone")
     of = {layout[p]: v for p, v in zip(batch[1 - side], batch[side], strict=True)}
-    sequences = of.pop((axes.batch,), None)
-    heads = sorted(of, key=lambda group: [axes.heads.index(a) for a in group])
-    flat = tuple(a for group in heads for a in group)
-    if sequences is None or flat not in (axes.shared, axes.heads):
+    first = next((group for group in of if group[:1] == (axes.batch,)), None)
+    if first is None:
+        raise Unseen("the product with the values keeps no axis of sequences")
+    groups = sorted((g for g in of if g != first), key=lambda group: [axes.heads.index(a) for a in group])
+    flat = (*first[1:], *(a for group in groups for a in group))
+    if flat not in (axes.shared, axes.heads):
         raise Unseen("values have other heads than keys")
     width = tuple(a for a in range(len(type.shape)) if a not in (*batch[side], *contract[side]))
-    return Operand(sequences, contract[side][0], tuple(of[group] for group in heads), width)
+    return Operand(of[first], contract[side][0], tuple(of[group] for group in groups), width)
 
 
-def _as_product(
-    graph: Graph, made: str, out: Op, side: int, axes: Axes, layout: Layout, value: Operand
-) -> str:
+def _as_product(graph: Graph, made: str, out: Op, side: int, axes: Axes, layout: Layout, value: Operand) -> str:
     """attention's [b,t,h,e] in the axes of the product with the values."""
     _, batch = _numbers(out)
     width = [graph.type(out.inputs[1 - side]).shape[a] for a in value.width]
-    merged = divide(axes.sizes[axes.batch], B)
-    split: list[Size] = [
-        B,
-        T,
-        *([merged] if merged != 1 else []),
-        *(axes.sizes[a] for a in axes.heads),
-        *width,
-    ]  # type: ignore[list-item]
-    first = 3 if merged != 1 else 2
-    place = {a: [first + n] for n, a in enumerate(axes.heads)}
-    place |= {axes.batch: [0] if merged == 1 else [0, 2], axes.query: [1]}
-    spread = {
-        n: [k for a in group for k in place[a]] for n, group in enumerate(layout) if group != (axes.key,)
-    }
+    split: list[Size] = [B, T, *(axes.sizes[a] for a in axes.heads), *width]
+    place = {axes.batch: 0, axes.query: 1} | {a: 2 + n for n, a in enumerate(axes.heads)}
+    spread = {n: [place[a] for a in group] for n, group in enumerate(layout) if group != (axes.key,)}
     free = [n for n in spread if n not in batch[side]]
     tail = list(range(len(split) - len(width), len(split)))
     mine = [k for n in free for k in spread[n]]
@@ -389,12 +412,11 @@ def _shape_chain(graph: Graph, name: str) -> list[str]:
 
 def _repeats(graph: Graph, name: str, base: str, ratio: int) -> str | None:
     """`base` as [b,t,g,d] if `name` is that with every head repeated `ratio` times; found by numbering elements."""
-    sizes = {"b": 2, "t": 3}
     type = graph.type(base)
     if len(type.shape) != 4:
         return None
-    ids = np.arange(np.prod(shape_of(type, sizes)), dtype=np.float32).reshape(shape_of(type, sizes))
-    (spread,) = run_region(graph, [name], {base: ids}, sizes)
+    ids = _numbered(type)
+    (spread,) = run_region(graph, [name], {base: ids}, NUMBERED)
     wanted = spread[:, :, ::ratio]
     if not np.array_equal(np.repeat(wanted, ratio, axis=2), spread):
         return None

@@ -77,7 +77,7 @@ class _Mask:
         self.sizes = {"b": 1, "t": context}
         self.context, self.where = context, where
         axes = where.axes
-        self.head_axes = (axes.batch, *axes.heads)  # sequences may share their axis with heads
+        self.head_axes = (axes.batch, *axes.heads)
         self.head_shape = tuple(evaluate(axes.sizes[a], self.sizes) for a in self.head_axes)
         self.heads = int(np.prod(self.head_shape))
         if where.layout[-1] != (axes.key,):
@@ -168,7 +168,8 @@ class _Mask:
         apart = dict(zip(self.head_axes, np.unravel_index(np.asarray(head), self.head_shape), strict=True))
         apart |= {self.where.axes.query: np.asarray(i), self.where.axes.key: np.asarray(j)}
         places = tuple(np.asarray(self._merged(group, apart)) for group in self.where.layout)
-        return np.asarray(_At(self.graph, self.sizes, {self.scores: np.float32(score)}).value(self.z, places))
+        z = _At(self.graph, self.sizes, {self.scores: np.float32(score)}).value(self.z, places)
+        return np.broadcast_to(z, np.broadcast_shapes(*(p.shape for p in places)))
 
     def _merged(self, group: tuple[int, ...], apart: dict[int, Any]) -> Any:
         """The index along an axis that is several axes put together."""
