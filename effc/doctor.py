@@ -70,9 +70,7 @@ def examine() -> Health:
     versions = {name: _version(name) for name in PACKAGES}
     extras = {name: _version(name) if importlib.util.find_spec(name) else None for name in EXTRAS}
     jax, trouble = _jax()
-    missing = [
-        f"{name} is not installed: pip install effc" for name, version in versions.items() if version is None
-    ]
+    missing = [f"{name} is not installed: pip install effc" for name, version in versions.items() if version is None]
     return Health(versions, extras, _machine(), jax, missing + trouble)
 
 

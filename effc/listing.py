@@ -47,9 +47,7 @@ def _entry(cls: type[Pass]) -> list[Any]:
     from rich.table import Table
     from rich.text import Text
 
-    title = Text.assemble(
-        (cls.name, "bold"), f"  phase {cls.phase}, {cls.exactness}: {cls.exactness.meaning()}"
-    )
+    title = Text.assemble((cls.name, "bold"), f"  phase {cls.phase}, {cls.exactness}: {cls.exactness.meaning()}")
     table = Table(box=None, show_header=False, pad_edge=False)
     for o in cls.options():
         table.add_row(Text(_shown(o)), Text(o.kind), Text(o.doc))

@@ -66,9 +66,7 @@ def evaluation(
     """Perplexity and bits a byte of `model`, and its distance from `other` where there is one."""
     text = _windows(model, file, tokens, window)
     if other and vocab_of(other.module) != vocab_of(model.module):
-        raise EffcError(
-            f"{other.path}: {vocab_of(other.module)} tokens, want {vocab_of(model.module)} as {model.path}"
-        )
+        raise EffcError(f"{other.path}: {vocab_of(other.module)} tokens, want {vocab_of(model.module)} as {model.path}")
     with Progress(console=console, transient=True, disable=console is None) as bar:
         task = bar.add_task("evaluate", total=text.scored)
         rows = _qualities(model, other, text, lambda done: bar.advance(task, done))

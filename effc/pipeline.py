@@ -59,9 +59,7 @@ class Pipeline:
 
 def _build(name: str, options: list[tuple[str, str]]) -> Pass:
     if name not in PASSES:
-        raise EffcError(
-            f"--passes: no pass '{name}', want some of {', '.join(PASSES)}{nearest(name, PASSES)}"
-        )
+        raise EffcError(f"--passes: no pass '{name}', want some of {', '.join(PASSES)}{nearest(name, PASSES)}")
     twice = [key for key, count in Counter(key for key, _ in options).items() if count > 1]
     if twice:
         raise EffcError(f"{name}: option '{twice[0]}' is given twice, want it once")

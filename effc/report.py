@@ -119,9 +119,7 @@ class Report:
         """One page that needs no other file."""
         env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         env.filters["size"] = size
-        return env.from_string(resources.files("effc").joinpath("report.html").read_text()).render(
-            report=self
-        )
+        return env.from_string(resources.files("effc").joinpath("report.html").read_text()).render(report=self)
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,7 @@ def summarize(module: Module, notes: Sequence[str] = ()) -> Summary:
 
 def _rows(module: Module) -> list[Row]:
     uses, heads = param_uses(module), head_params(module)
-    labels = {
-        name: _use([(op.kind, role) for _, op, role in uses[name]], name in heads) for name in module.params
-    }
+    labels = {name: _use([(op.kind, role) for _, op, role in uses[name]], name in heads) for name in module.params}
     groups: dict[tuple[str, str], list[Param]] = {}
     for name, param in module.params.items():
         groups.setdefault((labels[name], str(param.type.dtype)), []).append(param)
@@ -137,13 +135,7 @@ def _op(op: Op) -> str:
     if op.kind == "repeat":
         return f"repeat {op.attrs['block']} x{op.attrs['times']}"
     kind, window = op.attrs.get("kind"), op.attrs.get("window")
-    detail = (
-        f"({kind})"
-        if op.kind == "norm"
-        else f"(window {window})"
-        if window and op.kind == "attention"
-        else ""
-    )
+    detail = f"({kind})" if op.kind == "norm" else f"(window {window})" if window and op.kind == "attention" else ""
     return op.kind + detail
 
 

@@ -155,10 +155,7 @@ def write_safetensors(
     if len(shards) == 1:
         _write_file(path, shards[0], store, progress)
         return [path]
-    files = [
-        path.with_name(f"{path.stem}-{i + 1:05d}-of-{len(shards):05d}{path.suffix}")
-        for i in range(len(shards))
-    ]
+    files = [path.with_name(f"{path.stem}-{i + 1:05d}-of-{len(shards):05d}{path.suffix}") for i in range(len(shards))]
     for file, params in zip(files, shards, strict=True):
         _write_file(file, params, store, progress)
     return [*files, _write_index(path, files, shards)]
@@ -203,9 +200,7 @@ def _header(tensors: list[_Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_file(
-    path: Path, params: list[Param], store: Mapping[str, Lazy], progress: Progress | None
-) -> None:
+def _write_file(path: Path, params: list[Param], store: Mapping[str, Lazy], progress: Progress | None) -> None:
     placed = _placed(params)
     header = _header(placed)
     by_param = {param.name: {t.suffix: t for t in placed if t.param.name == param.name} for param in params}
@@ -214,9 +209,7 @@ def _write_file(
         for param in params:
             for layer in range(param.count):
                 arrays = store[param.name].read(layer)
-                done = sum(
-                    _put(file.fileno(), len(header), t, layer, arrays) for t in by_param[param.name].values()
-                )
+                done = sum(_put(file.fileno(), len(header), t, layer, arrays) for t in by_param[param.name].values())
                 if progress:
                     progress(done)
 

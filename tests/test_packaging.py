@@ -35,9 +35,7 @@ def imported() -> set[str]:
 
 def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     declared = {IMPORTED_AS.get(name, name) for name in names(PROJECT["dependencies"])}
-    optional = {
-        name for extra in ("gguf", "export") for name in names(PROJECT["optional-dependencies"][extra])
-    }
+    optional = {name for extra in ("gguf", "export") for name in names(PROJECT["optional-dependencies"][extra])}
     used = imported()
     assert used <= declared | optional
     assert declared <= used

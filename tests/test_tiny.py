@@ -59,9 +59,7 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(0, VOCAB, (2, 24)).astype(np.int32)
 
 
-def test_from_flax_to_a_served_artifact(
-    model: tuple[Model, dict], tokens: np.ndarray, tmp_path: Path
-) -> None:
+def test_from_flax_to_a_served_artifact(model: tuple[Model, dict], tokens: np.ndarray, tmp_path: Path) -> None:
     module, params = model
     wanted = np.asarray(module.apply(params, tokens))
 

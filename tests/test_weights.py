@@ -140,9 +140,7 @@ def test_truncated(cut: int, module: Module, store: Store, tmp_path: Path) -> No
         open_safetensors(file, module)
 
 
-@pytest.mark.parametrize(
-    "text", [b"[]", b"{}x", b'{"a": 1}', b'{"a":{"dtype":"F9","shape":[],"data_offsets":[0,4]}}']
-)
+@pytest.mark.parametrize("text", [b"[]", b"{}x", b'{"a": 1}', b'{"a":{"dtype":"F9","shape":[],"data_offsets":[0,4]}}'])
 def test_a_header_that_is_none(text: bytes, module: Module, tmp_path: Path) -> None:
     file = tmp_path / "w.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text)
@@ -181,9 +179,7 @@ def test_nan_is_refused_by_name(dtype: str, tmp_path: Path) -> None:
 
 
 def test_sizes(module: Module) -> None:
-    assert nbytes(module) == sum(p.count * p.type.nbytes() for p in PARAMS if p.name != "layers.q") + 3 * (
-        18 + 30
-    )
+    assert nbytes(module) == sum(p.count * p.type.nbytes() for p in PARAMS if p.name != "layers.q") + 3 * (18 + 30)
     assert elements(module) == 60 + 18 + 90 + 72 + 9 + 7 + 4 + 1
     assert tensor_name("a", "") == "a"
     assert tensor_name("a", "codes") == "a.codes"

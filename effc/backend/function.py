@@ -16,9 +16,7 @@ from effc.runtime import primitives
 
 Statements = list[Statement]
 
-LAYERS = frozenset(
-    {"embed", "linear", "norm", "rope_table", "rope", "attention", "silu", "gelu", "softcap", "split"}
-)
+LAYERS = frozenset({"embed", "linear", "norm", "rope_table", "rope", "attention", "silu", "gelu", "softcap", "split"})
 """Ops that are a call of the function of their name in `effc.runtime.layers`."""
 
 _PRECISE = frozenset({"embed", "linear", "norm"})
@@ -113,9 +111,7 @@ class Body:
         for value in values:
             if by_token(value.type):
                 return syntax.statements(f"b, t = {self.names[value.name]}.shape[:2]")
-        raise EffcError(
-            f"emit: @{self.func.name} needs the size {wanted[0]}, want an operand of shape [b,t,...]"
-        )
+        raise EffcError(f"emit: @{self.func.name} needs the size {wanted[0]}, want an operand of shape [b,t,...]")
 
     def ops(self, ops: Iterable[Op]) -> Statements:
         return [statement for op in ops for statement in self.op(op)]
@@ -158,14 +154,10 @@ class Body:
             case kind if kind in LAYERS:
                 self.plan.used.add(kind)
                 return call(kind, [*self._inputs(op), *self._positional(op)], self._keywords(op))
-        raise EffcError(
-            f"{self._where(op)}: the emitter has no Python for '{op.kind}'{nearest(op.kind, LAYERS)}"
-        )
+        raise EffcError(f"{self._where(op)}: the emitter has no Python for '{op.kind}'{nearest(op.kind, LAYERS)}")
 
     def _where(self, op: Op) -> str:
-        return f"@{self.func.name}: {', '.join(f'%{v.name}' for v in op.outputs)}" + (
-            f" ({op.loc})" if op.loc else ""
-        )
+        return f"@{self.func.name}: {', '.join(f'%{v.name}' for v in op.outputs)}" + (f" ({op.loc})" if op.loc else "")
 
     def value(self, name: str) -> Expr:
         return self.literals[name] if name in self.literals else syntax.name(self.names[name])
@@ -197,9 +189,7 @@ class Body:
 
     def _keywords(self, op: Op) -> dict[str, Expr]:
         keywords = {
-            name: literal(value)
-            for name, value in op.attrs.items()
-            if (op.kind, name) != ("attention", "mask")
+            name: literal(value) for name, value in op.attrs.items() if (op.kind, name) != ("attention", "mask")
         }
         if op.kind in _PRECISE and op.out.type.dtype != self._natural(op):
             keywords["dtype"] = self._dtype(op.out.type)
@@ -254,17 +244,11 @@ class Body:
     def _function(self, op: Op, kind: str) -> str:
         """How the program spells a primitive: an adapter of ours, JAX's own, or the table's."""
         known = vars(primitives)
-        if (
-            kind in known
-            and known[kind] is not None
-            and getattr(known[kind], "__module__", "") == primitives.__name__
-        ):
+        if kind in known and known[kind] is not None and getattr(known[kind], "__module__", "") == primitives.__name__:
             self.plan.used.add("ops")
             return f"ops.{kind}"
         if kind not in primitives.LAX:
-            raise EffcError(
-                f"{self._where(op)}: the runtime has no primitive '{kind}'{nearest(kind, primitives.LAX)}"
-            )
+            raise EffcError(f"{self._where(op)}: the runtime has no primitive '{kind}'{nearest(kind, primitives.LAX)}")
         shapes = {self.types[name].shape for name in op.inputs}
         plain = len(shapes) == 1 and kind not in ("and", "or", "xor", "not") and "scatter" not in kind
         self.plan.used.add("lax" if plain else "LAX")
@@ -280,13 +264,7 @@ class Body:
         other = [n for n in op.inputs if n != name]
         dtype = str(op.out.type.dtype)
         natural = kind != "div" or dtype.startswith(("f", "bf"))
-        return (
-            kind in OPERATORS
-            and natural
-            and not op.regions
-            and len(other) == 1
-            and other[0] not in self.literals
-        )
+        return kind in OPERATORS and natural and not op.regions and len(other) == 1 and other[0] not in self.literals
 
     def _region(self, op: Op, title: str, region: Func) -> cst.FunctionDef:
         """A local function; inputs past those that its op gives are values of this one."""
@@ -303,9 +281,7 @@ class Body:
         results = [self.value(name) for name in region.results]
         self.types, self.scope, self.results = outer
         whole = op.kind.startswith("lax.") and len(results) == 1
-        return syntax.function(
-            title, own, [*body, syntax.give([syntax.sequence(results)] if whole else results)]
-        )
+        return syntax.function(title, own, [*body, syntax.give([syntax.sequence(results)] if whole else results)])
 
     def _repeat(self, op: Op) -> Statements:
         target = op.attrs["block"]

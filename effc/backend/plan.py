@@ -64,12 +64,7 @@ def tree(module: Module) -> dict[str, tuple[str, str]]:
     """Group and key of every parameter: `layers.attn.q` is `params["layers"][i]["attn.q"]`."""
     out = {name: ("", name) for name, param in module.params.items() if not param.stack}
     for func in module.funcs.values():
-        mine = [
-            n
-            for op in walk(func)
-            for n in op.params.values()
-            if n in module.params and module.params[n].stack
-        ]
+        mine = [n for op in walk(func) for n in op.params.values() if n in module.params and module.params[n].stack]
         heads = {name.partition(".")[0] for name in mine}
         shared = len(heads) == 1 and all("." in name for name in mine) and not heads & out.keys()
         for name in mine:

@@ -84,9 +84,7 @@ class _Emitter:
             stored = f"{group}.{key}" if group else key
             elsewhere = f" = {name}" if stored != name else ""
             count = f"{param.stack} * " if param.stack else ""
-            groups.setdefault(group, []).append(
-                f"{_quoted(key)}: {_quoted(f'{count}{param.type}{elsewhere}')},"
-            )
+            groups.setdefault(group, []).append(f"{_quoted(key)}: {_quoted(f'{count}{param.type}{elsewhere}')},")
         lines = [f"    {entry}" for entry in groups.pop("", [])]
         for group, entries in groups.items():
             lines += [f"    {_quoted(group)}: {{", *(f"        {entry}" for entry in entries), "    },"]

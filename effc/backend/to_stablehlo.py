@@ -47,9 +47,7 @@ def export_programs(
     folder.mkdir(parents=True, exist_ok=True)
     programs = [
         _export(folder, "prefill", program.extend, (weights, tokens, cache, count)),
-        _export(
-            folder, "decode", program.extend, (weights, jax.ShapeDtypeStruct((batch, 1), jnp.int32), cache)
-        ),
+        _export(folder, "decode", program.extend, (weights, jax.ShapeDtypeStruct((batch, 1), jnp.int32), cache)),
     ]
     (folder / "README.md").write_text(_readme(programs, batch, prompt, capacity))
     return programs
@@ -74,9 +72,7 @@ def _export(folder: Path, name: str, extend: Callable[..., Any], arguments: tupl
     (folder / f"{name}.bin").write_bytes(done.serialize())
     leaves = jax.tree_util.tree_flatten_with_path(arguments[1:])[0]
     lines = [f"{_spell(path)}: {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves]
-    return Exported(
-        f"{name}.bin", "params, tokens, cache" + ", valid" * (len(arguments) > 3), lines, platforms
-    )
+    return Exported(f"{name}.bin", "params, tokens, cache" + ", valid" * (len(arguments) > 3), lines, platforms)
 
 
 def _platforms(extend: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str, ...]:

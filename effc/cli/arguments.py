@@ -52,9 +52,7 @@ def known_options(parser: Parser, words: Sequence[str]) -> None:
             return
         name = word.partition("=")[0]
         if name.startswith("--") and name not in own:
-            raise EffcError(
-                f"{words[0]}: no option '{name}'{nearest(name, own)} (see effc {words[0]} --help)"
-            )
+            raise EffcError(f"{words[0]}: no option '{name}'{nearest(name, own)} (see effc {words[0]} --help)")
         if number == 0 and not word.startswith("-"):
             own = _options(_verb_of(parser, word))
 

@@ -45,12 +45,8 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     group.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest; 0 from all (default)")
-    group.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the likeliest that sum to p (default 1)"
-    )
-    group.add_argument(
-        "--min-p", type=float, default=0.0, help="drop tokens under p times the likeliest (default 0)"
-    )
+    group.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that sum to p (default 1)")
+    group.add_argument("--min-p", type=float, default=0.0, help="drop tokens under p times the likeliest (default 0)")
     group.add_argument("--repetition-penalty", type=float, default=1.0, help="1 changes nothing (default)")
     group.add_argument("--seed", type=int, default=0, help="same seed, same text (default 0)")
 

@@ -56,12 +56,8 @@ def _add_opt(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     parser.add_argument("file", type=Path, help="a dump, perhaps edited by hand")
     parser.add_argument("--passes", default="", help="none: check the file and print it canonically")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write here instead of stdout")
-    parser.add_argument(
-        "--print-ir-after-all", action="store_true", help="print the IR after every pass to stderr"
-    )
-    parser.add_argument(
-        "--dump", type=Path, metavar="DIR", help="write the IR after every pass to DIR/NN-pass.effc"
-    )
+    parser.add_argument("--print-ir-after-all", action="store_true", help="print the IR after every pass to stderr")
+    parser.add_argument("--dump", type=Path, metavar="DIR", help="write the IR after every pass to DIR/NN-pass.effc")
 
 
 def opt(args: argparse.Namespace) -> None:
@@ -69,9 +65,7 @@ def opt(args: argparse.Namespace) -> None:
     from effc.driver import transform
     from effc.ir import dump
 
-    module, _ = transform(
-        read_module(args.file), args.passes, dump=args.dump, print_ir=args.print_ir_after_all
-    )
+    module, _ = transform(read_module(args.file), args.passes, dump=args.dump, print_ir=args.print_ir_after_all)
     write_text(args.output, dump(module))
 
 
@@ -94,9 +88,7 @@ def diff(args: argparse.Namespace) -> None:
     from effc.ir.diff import diff as compare
     from effc.opened import open_structure
 
-    first, second = (
-        open_structure(p, module=args.module, dtype=args.dtype) for p in (args.first, args.second)
-    )
+    first, second = (open_structure(p, module=args.module, dtype=args.dtype) for p in (args.first, args.second))
     text = compare(first.module, second.module)
     if args.json:
         show_json({"same": not text, "diff": text.splitlines()})

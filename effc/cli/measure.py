@@ -26,9 +26,7 @@ def _add_eval(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument(
         "--against", type=Path, metavar="MODEL", help="also KL from this model and top-1 agreement with it"
     )
-    parser.add_argument(
-        "--tokens", type=positive, default=4096, help="of the text, from its start (default 4096)"
-    )
+    parser.add_argument("--tokens", type=positive, default=4096, help="of the text, from its start (default 4096)")
     parser.add_argument("--window", type=positive, default=512, help="tokens scored together (default 512)")
     model_options(parser)
     json_option(parser)
@@ -42,9 +40,7 @@ def evaluate(args: argparse.Namespace) -> None:
     other = open_model(args.against, module=args.module, dtype=args.dtype) if args.against else None
     show(
         args,
-        evaluation(
-            model, args.text, other, tokens=args.tokens, window=args.window, console=progress_console()
-        ),
+        evaluation(model, args.text, other, tokens=args.tokens, window=args.window, console=progress_console()),
     )
 
 
@@ -65,16 +61,10 @@ def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         metavar="N",
         help="tokens of the prompt (512, or what the context holds)",
     )
-    parser.add_argument(
-        "-n", "--new-tokens", type=positive, metavar="N", help="tokens to generate (128, likewise)"
-    )
-    parser.add_argument(
-        "-r", "--runs", type=positive, default=5, help="timed runs after one to warm up (default 5)"
-    )
+    parser.add_argument("-n", "--new-tokens", type=positive, metavar="N", help="tokens to generate (128, likewise)")
+    parser.add_argument("-r", "--runs", type=positive, default=5, help="timed runs after one to warm up (default 5)")
     parser.add_argument("-b", "--batch", type=positive, default=1, help="sequences at once (default 1)")
-    parser.add_argument(
-        "--against", type=Path, metavar="MODEL", help="another model, run in turn with this one"
-    )
+    parser.add_argument("--against", type=Path, metavar="MODEL", help="another model, run in turn with this one")
     model_options(parser)
     json_option(parser)
 

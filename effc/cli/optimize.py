@@ -23,12 +23,8 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "effc optimize SmolLM2.gguf --passes quant4{group=64},fuse --eval heldout.txt -o out",
         "effc optimize weights.safetensors --module model.py:build --dry-run --passes quant8",
     )
-    parser.add_argument(
-        "model", type=Path, help="checkpoint: model.ckpt, Hugging Face folder, .gguf, .msgpack, Orbax"
-    )
-    parser.add_argument(
-        "-o", "--output", type=Path, metavar="DIR", help="artifact to write; must not be there yet"
-    )
+    parser.add_argument("model", type=Path, help="checkpoint: model.ckpt, Hugging Face folder, .gguf, .msgpack, Orbax")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="artifact to write; must not be there yet")
     parser.add_argument("--force", action="store_true", help="replace an artifact that is there")
     parser.add_argument(
         "--passes", default="", help="what to do, in any order: quant4{group=64},fuse (see effc passes)"
@@ -45,18 +41,10 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def _ir_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the IR")
-    group.add_argument(
-        "--dry-run", action="store_true", help="show what would be done; read no weights, write nothing"
-    )
-    group.add_argument(
-        "--print-ir-after-all", action="store_true", help="print the IR after every pass to stderr"
-    )
-    group.add_argument(
-        "--dump", type=Path, metavar="DIR", help="write the IR after every pass to DIR/NN-pass.effc"
-    )
-    group.add_argument(
-        "--ir", type=Path, metavar="FILE.effc", help="start from this dump, edited by hand, instead"
-    )
+    group.add_argument("--dry-run", action="store_true", help="show what would be done; read no weights, write nothing")
+    group.add_argument("--print-ir-after-all", action="store_true", help="print the IR after every pass to stderr")
+    group.add_argument("--dump", type=Path, metavar="DIR", help="write the IR after every pass to DIR/NN-pass.effc")
+    group.add_argument("--ir", type=Path, metavar="FILE.effc", help="start from this dump, edited by hand, instead")
 
 
 def run(args: argparse.Namespace) -> None:

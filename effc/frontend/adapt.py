@@ -49,9 +49,7 @@ STATISTICS = "{}: the module keeps running statistics (batch norm), want paramet
 PROBE = (1, 8)  # batch, length of the tokens a module is shaped with
 
 
-def from_linen(
-    module: linen.Module, spec: PyTree | None = None, where: str = "model"
-) -> tuple[Forward, PyTree]:
+def from_linen(module: linen.Module, spec: PyTree | None = None, where: str = "model") -> tuple[Forward, PyTree]:
     """spec: of parameters that are there already, held against what the module initialises."""
     module = _switched_off(module)
     arguments = _arguments(type(module).__call__, where)
@@ -120,9 +118,7 @@ def check_spec(found: Mapping[str, Spec], wanted: Mapping[str, Spec], where: str
         if path not in wanted:
             raise EffcError(f"{where}: the module has no parameter '{path}'{nearest(path, wanted)}")
         if spec.shape != wanted[path].shape:
-            raise EffcError(
-                f"{where}: parameter '{path}' is {list(spec.shape)}, want {list(wanted[path].shape)}"
-            )
+            raise EffcError(f"{where}: parameter '{path}' is {list(spec.shape)}, want {list(wanted[path].shape)}")
 
 
 def vocab_of(forward: Forward, spec: PyTree, where: str) -> int:
@@ -144,9 +140,7 @@ def _switched_off(module: linen.Module) -> linen.Module:
 def _arguments(call: Callable[..., Any], where: str) -> Callable[[jax.Array], dict[str, Any]]:
     """A function from tokens to the keyword arguments that `call(self, tokens, ...)` wants beside them."""
     parameters = [
-        p
-        for p in inspect.signature(call).parameters.values()
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        p for p in inspect.signature(call).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
     rest = parameters[2:]
     flags = {p.name: FLAGS[p.name] for p in rest if p.name in FLAGS}
@@ -155,8 +149,7 @@ def _arguments(call: Callable[..., Any], where: str) -> Callable[[jax.Array], di
     if unknown:
         known = ", ".join([*FLAGS, *REQUIRED])
         raise EffcError(
-            f"{where}: __call__ wants argument '{unknown[0]}', which effc cannot fill; "
-            f"wrap the module (known: {known})"
+            f"{where}: __call__ wants argument '{unknown[0]}', which effc cannot fill; wrap the module (known: {known})"
         )
     return lambda tokens: flags | {name: REQUIRED[name](tokens) for name in required}
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.core import jaxpr_as_fun
 
 from effc.errors import EffcError
 from effc.frontend.lowering import Lowered
@@ -41,9 +42,7 @@ def check(lowered: Lowered, source: Source, tokens: np.ndarray | None = None, *,
     return [*lines, decoded.compared(made[len(prompts) - 1], made[len(prompts) :])]
 
 
-def _all_prompts(
-    module: Module, traced: Traced, tokens: np.ndarray | None, rng: np.random.Generator
-) -> list[Array]:
+def _all_prompts(module: Module, traced: Traced, tokens: np.ndarray | None, rng: np.random.Generator) -> list[Array]:
     """Prompts of a traced size, then two longer than any window."""
     vocab, context = int(module.meta["vocab"]), int(module.meta["context"])
     long = min(context, max(24, _window(module) + 9))
@@ -81,12 +80,7 @@ def _same(module: Module, tokens: Array, made: np.ndarray, wanted: np.ndarray) -
 
 def _tolerance(module: Module) -> float:
     """1e-4 in f32; what half-precision arithmetic can promise otherwise."""
-    dtypes = {
-        str(op.outputs[0].type.dtype)
-        for func in module.funcs.values()
-        for op in func.ops
-        if op.kind == "linear"
-    }
+    dtypes = {str(op.outputs[0].type.dtype) for func in module.funcs.values() for op in func.ops if op.kind == "linear"}
     return TOLERANCE if dtypes <= {"f32"} else HALF
 
 
@@ -100,9 +94,7 @@ def compare(made: np.ndarray, wanted: np.ndarray, where: str, tolerance: float) 
     if tolerance == HALF and worst <= HALF:
         worst = max(worst, 10 * float(np.sqrt(np.mean(differ**2))))
     if worst > tolerance:
-        row, place = np.unravel_index(
-            int(np.argmax(np.nan_to_num(differ, nan=np.inf).max(-1))), differ.shape[:2]
-        )
+        row, place = np.unravel_index(int(np.argmax(np.nan_to_num(differ, nan=np.inf).max(-1))), differ.shape[:2])
         raise EffcError(
             f"{where}: logits differ by {worst:.1e} of their range at sequence {row}, position {place}, "
             f"want at most {tolerance:.0e}; this is a fault of effc, please report it with the model's code"
@@ -168,7 +160,15 @@ def _cut(tokens: Array, sizes: Sequence[int]) -> list[Array]:
 def original_logits(
     programs: Sequence[Any], paths: Sequence[str], weights: Weights, prompts: Sequence[Array]
 ) -> list[np.ndarray]:
-    """Logits of the traced programs themselves, op by op side by side: each weight is read once and dropped."""
+    """Logits of the traced programs themselves.
+
+    A small model is compiled whole; a large one runs op by op, all prompts side by side, each weight read
+    once and dropped.
+    """
+    size = sum(v.aval.size * v.aval.dtype.itemsize for v in programs[0].jaxpr.invars[:-1])
+    if size <= SMALL:
+        arrays = [jnp.asarray(weights.read(path)) for path in paths]
+        return [_whole(closed, arrays, tokens) for closed, tokens in zip(programs, prompts, strict=True)]
     runs = [_Run(closed, tokens, paths, weights) for closed, tokens in zip(programs, prompts, strict=True)]
     if len({len(run.equations) for run in runs}) > 1:
         return [original_logits([c], paths, weights, [t])[0] for c, t in zip(programs, prompts, strict=True)]
@@ -179,6 +179,16 @@ def original_logits(
     return [run.result() for run in runs]
 
 
+SMALL = 1 << 26
+"""Bytes of weights up to which a model is held whole while it is checked."""
+
+
+def _whole(closed: Any, arrays: Sequence[Array], tokens: Array) -> np.ndarray:
+    casts = [x.astype(v.aval.dtype) for x, v in zip(arrays, closed.jaxpr.invars, strict=False)]
+    (logits,) = jax.jit(jaxpr_as_fun(closed))(*casts, tokens)
+    return np.asarray(logits, np.float32)
+
+
 class _Run:
     """One traced program on its way through its equations. What only weights decide is made where it is used."""
 
@@ -187,12 +197,8 @@ class _Run:
         self.equations = closed.jaxpr.eqns
         self.weights = weights
         self.params = dict(zip(self.jaxpr.invars[:-1], paths, strict=True))
-        self.fixed: dict[
-            Any, int
-        ] = {}  # results of equations on weights alone, by the equation that makes them
-        self.values = dict(zip(self.jaxpr.constvars, closed.consts, strict=True)) | {
-            self.jaxpr.invars[-1]: tokens
-        }
+        self.fixed: dict[Any, int] = {}  # results of equations on weights alone, by the equation that makes them
+        self.values = dict(zip(self.jaxpr.constvars, closed.consts, strict=True)) | {self.jaxpr.invars[-1]: tokens}
         self.last = {v: at for at, e in enumerate(self.equations) for v in e.invars if not _literal(v)}
 
     def step(self, at: int, made: dict[Any, Any]) -> None:
@@ -232,8 +238,7 @@ class _Run:
         """What an equation on weights alone computes: runs share it unless their sizes differ (a cut table)."""
         equation = self.equations[at]
         operands = (
-            str(v.val) if _literal(v) else self._key(self.fixed[v]) if v in self.fixed else ""
-            for v in equation.invars
+            str(v.val) if _literal(v) else self._key(self.fixed[v]) if v in self.fixed else "" for v in equation.invars
         )
         return (at, str(equation.params), *operands)
 

@@ -86,7 +86,8 @@ def _axes(p: Params) -> Attrs:
 
 
 def _running(p: Params) -> Attrs:
-    return {"axis": int(p["axis"])} | ({"reverse": True} if p["reverse"] else {})
+    out: Attrs = {"axis": int(p["axis"])}
+    return out | {"reverse": True} if p["reverse"] else out
 
 
 def _index(p: Params) -> Attrs:

@@ -45,9 +45,7 @@ class Graph:
     ) -> list[str]:  # fmt: skip
         """A new op; returns the names of its outputs."""
         outputs = [Value(self._fresh(), t) for t in ([types] if isinstance(types, Type) else types)]
-        op = Op(
-            kind, tuple(map(self.find, inputs)), tuple(outputs), params or {}, attrs or {}, regions or {}, loc
-        )
+        op = Op(kind, tuple(map(self.find, inputs)), tuple(outputs), params or {}, attrs or {}, regions or {}, loc)
         for value in outputs:
             self.ops[value.name] = op
             self.types[value.name] = value.type

@@ -92,9 +92,7 @@ class _Importer:
         if p == q or (p != p and q != q):
             return p
         (_, t1), (_, t2) = self.points
-        raise EffcError(
-            f"{loc}: a number depends on the length ({p} at {t1} tokens, {q} at {t2}), want it fixed"
-        )
+        raise EffcError(f"{loc}: a number depends on the length ({p} at {t1} tokens, {q} at {t2}), want it fixed")
 
     def size(self, p: int, q: int, where: str) -> Size:
         """One size for both traces."""
@@ -110,12 +108,8 @@ class _Importer:
         except (KeyError, TypeError):
             raise EffcError(f"{where}: arrays of dtype {p.dtype} are not supported") from None
         if len(p.shape) != len(q.shape):
-            raise EffcError(
-                f"{where}: rank {len(p.shape)} and {len(q.shape)} at the two traced lengths, want one"
-            )
-        return Type(
-            dtype, tuple(self.size(int(x), int(y), where) for x, y in zip(p.shape, q.shape, strict=True))
-        )
+            raise EffcError(f"{where}: rank {len(p.shape)} and {len(q.shape)} at the two traced lengths, want one")
+        return Type(dtype, tuple(self.size(int(x), int(y), where) for x, y in zip(p.shape, q.shape, strict=True)))
 
     # -- equations --------------------------------------------------------------------------------------
     def run(self, first: Any, second: Any, env: dict[Any, str]) -> list[str]:
@@ -169,15 +163,11 @@ class _Importer:
         except KeyError as missing:
             raise EffcError(f"{loc}: '{name}' uses {missing}, which effc does not support") from None
         if attrs_p is None or attrs_q is None:
-            raise EffcError(
-                f"{loc}: primitive '{name}' has no meaning in the IR; rewrite that line without it"
-            )
+            raise EffcError(f"{loc}: primitive '{name}' has no meaning in the IR; rewrite that line without it")
         keys = {key: self.merge(attrs_p[key], attrs_q[key], loc) for key in attrs_p}
         types = [self.type_of(x.aval, y.aval, str(loc)) for x, y in zip(p.outvars, q.outvars, strict=True)]
         if name == "squeeze":
-            return self.graph.add(
-                "lax.reshape", operands, types, attrs={"new_sizes": types[0].shape}, loc=loc
-            )
+            return self.graph.add("lax.reshape", operands, types, attrs={"new_sizes": types[0].shape}, loc=loc)
         return self.graph.add(f"lax.{RENAMED.get(name, name)}", operands, types, attrs=keys, loc=loc)
 
     # -- scans ------------------------------------------------------------------------------------------
@@ -232,9 +222,7 @@ class _Importer:
             return source
         start = (i, *(0 for _ in sliced.shape))
         limit = (i + 1, *sliced.shape)
-        row = self.graph.one(
-            "lax.slice", [name], Type(type.dtype, (1, *sliced.shape)), loc, start=start, limit=limit
-        )
+        row = self.graph.one("lax.slice", [name], Type(type.dtype, (1, *sliced.shape)), loc, start=start, limit=limit)
         return self.graph.one("lax.reshape", [row], sliced, loc, new_sizes=sliced.shape)
 
     def _stacked(self, items: Sequence[str], loc: Loc) -> str:
@@ -268,9 +256,7 @@ def param_slice(graph: Graph, name: str, axis: int, i: int) -> str | None:
     whole = graph.params[op.params["value"]]
     shape = (*whole.type.shape[:axis], *whole.type.shape[axis + 1 :])
     path = f"{whole.path}[{':,' * axis}{i}]"
-    new = replace(
-        whole, name=f"{whole.name}[{':,' * axis}{i}]", type=Type(whole.type.dtype, shape), path=path
-    )
+    new = replace(whole, name=f"{whole.name}[{':,' * axis}{i}]", type=Type(whole.type.dtype, shape), path=path)
     graph.params[new.name] = new
     return graph.add("param", (), new.type, params={"value": new.name})[0]
 
@@ -281,9 +267,7 @@ def location(equation: Any) -> Loc:
     stack = str(info.name_stack)
     for frame in info.traceback.frames if info.traceback else ():
         path = str(frame.file_name)
-        if not any(f"/{package}/" in path for package in ("jax", "flax", "_src")) and not path.startswith(
-            "<"
-        ):
+        if not any(f"/{package}/" in path for package in ("jax", "flax", "_src")) and not path.startswith("<"):
             return Loc(stack, "/".join(path.rsplit("/", 2)[-2:]), int(frame.line_num))
     return Loc(stack)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from effc.frontend.source import Source, Weights
 from effc.frontend.trace import Traced, trace
 from effc.ir.core import Decode, Func, Loc, Module, Op, Param, Ref, Value
 from effc.ir.tokens import Dep, dependence, keeps_tokens_apart
-from effc.ir.types import FROM_NUMPY, Type, evaluate
+from effc.ir.types import evaluate
 from effc.passes.raising.attention import raise_attentions
 from effc.passes.raising.linear import raise_embeddings, raise_linears
 from effc.passes.raising.norm import raise_norms
@@ -58,9 +57,7 @@ def lower(source: Source) -> Lowered:
             *(f"{op.loc}: '{op.kind}' mixes tokens and has no incremental rule" for op in stuck[:1]),
         ]
         func, extra = _windowed(flat), reasons
-        notes = [f"{reasons[0]}; every step recomputes the whole window: cost grows with the length"] + extra[
-            1:
-        ]
+        notes = [f"{reasons[0]}; every step recomputes the whole window: cost grows with the length", *extra[1:]]
     params = plain if any(op.kind == "window" for op in func.ops) else graph.params
     module = rename_values(roll(_module(source, func, params, context)))
     _refuse_blind(module)
@@ -95,9 +92,7 @@ def _mixing(func: Func) -> list[Op]:
     """Ops that need other tokens' values and have no cache of their own."""
     types = func.types()
     deps = dependence(func.ops, [v.name for v in func.inputs])
-    return [
-        op for op in func.ops if deps[op.outputs[0].name] == Dep.TOKENS and not keeps_tokens_apart(op, types)
-    ]
+    return [op for op in func.ops if deps[op.outputs[0].name] == Dep.TOKENS and not keeps_tokens_apart(op, types)]
 
 
 def _windowed(flat: Func) -> Func:
@@ -105,9 +100,7 @@ def _windowed(flat: Func) -> Func:
     (tokens,) = flat.inputs
     logits = Value("logits", flat.result_types()[0])
     inner = replace(flat, name="body")
-    op = Op(
-        "window", (tokens.name,), (logits,), attrs={"why": "not raised"}, regions={"body": inner}, loc=Loc()
-    )
+    op = Op("window", (tokens.name,), (logits,), attrs={"why": "not raised"}, regions={"body": inner}, loc=Loc())
     return Func("forward", flat.inputs, (op,), ("logits",))
 
 
@@ -141,9 +134,7 @@ def _refuse_blind(module: Module) -> None:
 # -- arrays ---------------------------------------------------------------------------------------------
 def store_of(module: Module, weights: Weights, constants: Mapping[str, np.ndarray]) -> Store:
     """The module's parameters, read from the checkpoint when asked for."""
-    return Store(
-        {name: Lazy(param, _reader(param, weights, constants)) for name, param in module.params.items()}
-    )
+    return Store({name: Lazy(param, _reader(param, weights, constants)) for name, param in module.params.items()})
 
 
 def _reader(

@@ -18,7 +18,7 @@ _DULL = {"kernel", "embedding", "scale", "weight", "w", "bias", "table", "value"
 def rename_values(module: Module) -> Module:
     """The module with every value named for a reader."""
     asked: dict[str, list[str]] = {}
-    for func in reversed(module.funcs.values()):  # callers before the blocks they run
+    for func in reversed(list(module.funcs.values())):  # callers before the blocks they run
         named = _renamed(func, asked.get(func.name, []))
         module = module.with_func(named)
         for op in named.ops:
@@ -35,11 +35,7 @@ def rename_values(module: Module) -> Module:
 def _renamed(func: Func, asked: Sequence[str]) -> Func:
     """Inputs take the names they have where the block is run."""
     names = {v.name: hint for v, hint in zip(func.inputs, asked, strict=False) if hint}
-    names |= {
-        v.name: v.name
-        for v in func.inputs
-        if v.name not in names and not re.fullmatch(r"v\d+(\.\d+)?", v.name)
-    }
+    names |= {v.name: v.name for v in func.inputs if v.name not in names and not re.fullmatch(r"v\d+(\.\d+)?", v.name)}
     taken = set(names.values())
     for value in func.inputs:
         if value.name not in names:

@@ -189,38 +189,39 @@ def _iota(graph: Graph, op: Op, operands: Sequence[jax.Array], positions: jax.Ar
 def _table(graph: Graph, op: Op, operands: Sequence[jax.Array], positions: jax.Array) -> jax.Array | None:
     """table[c : c + t] -> rows of the table at positions + c."""
     axes, before = token_axes(op.out.type), token_axes(graph.type(op.inputs[0]))
-    start = op.attrs["start"]
-    if not axes or before or not isinstance(start, tuple):
+    start = whole_numbers(op.attrs["start"])
+    if not axes or before or start is None:
         return None
-    offset = start[axes[0]]
-    rows = jnp.take(operands[0], positions + offset, axis=axes[0], mode="clip")
-    rest = [
-        slice(None) if a == axes[0] else slice(int(s), int(s) + n)
-        for a, (s, n) in enumerate(zip(start, _sizes(op)))
-    ]  # type: ignore[arg-type]
-    return rows[tuple(rest)]
+    rows = jnp.take(operands[0], positions + start[axes[0]], axis=axes[0], mode="clip")
+    sizes = [size if isinstance(size, int) else 0 for size in op.out.type.shape]
+    kept = [slice(None) if a == axes[0] else slice(s, s + n) for a, (s, n) in enumerate(zip(start, sizes))]
+    return rows[tuple(kept)]
 
 
-def _sizes(op: Op) -> list[int]:
-    return [s if isinstance(s, int) else 0 for s in op.out.type.shape]
+def whole_numbers(attr: object) -> list[int] | None:
+    """A tuple of plain ints as a list; None where it holds a formula."""
+    if not isinstance(attr, tuple):
+        return None
+    found = [item for item in attr if isinstance(item, int)]
+    return found if len(found) == len(attr) else None
 
 
 _MADE: dict[str, Callable[..., jax.Array | None]] = {"lax.slice": _table, "lax.iota": _iota}
 """Ops that make a token axis out of none, and how each is evaluated at given positions."""
 
 
-def table_limit(graph: Graph, leaves: Sequence[str] = ()) -> int | None:
+def table_limit(graph: Graph) -> int | None:
     """Rows of the shortest table that positions index: lengths beyond it have no meaning."""
     limits: list[int] = []
     for op in graph.order():
         if op.kind == "lax.slice" and not token_axes(graph.type(op.inputs[0])) and token_axes(op.out.type):
-            axis, start = token_axes(op.out.type)[0], op.attrs["start"]
+            axis, start = token_axes(op.out.type)[0], whole_numbers(op.attrs["start"])
             size = graph.type(op.inputs[0]).shape[axis]
-            if isinstance(size, int) and isinstance(start, tuple) and isinstance(start[axis], int):
-                limits.append(size - int(start[axis]))
+            if isinstance(size, int) and start is not None:
+                limits.append(size - start[axis])
         if op.kind in {"embed", "lax.gather"}:
             limits += _indexed(graph, op)
-    return min(limits, default=None)  # type: ignore[type-var]
+    return min(limits, default=None)
 
 
 def _indexed(graph: Graph, op: Op) -> list[int]:
@@ -239,11 +240,7 @@ def _indexed(graph: Graph, op: Op) -> list[int]:
         out = apply(o, [values[i] for i in o.inputs], {}, context)
         values.update(zip((v.name for v in o.outputs), out, strict=True))
     found = np.asarray(values[graph.find(index)]).reshape(-1)
-    rows = (
-        graph.params[op.params["table"]].type.shape[0]
-        if op.kind == "embed"
-        else graph.type(op.inputs[0]).shape[0]
-    )
+    rows = graph.params[op.params["table"]].type.shape[0] if op.kind == "embed" else graph.type(op.inputs[0]).shape[0]
     counts = found.size % t == 0 and bool((np.diff(found.reshape(-1, t), axis=1) == 1).all())
     return [int(rows) - int(found[0])] if counts and isinstance(rows, int) else []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -29,9 +30,7 @@ class Wiring:
 
     carried: dict[Slot, str]
     fixed: dict[str, None]
-    sources: list[
-        list[tuple[str, object]]
-    ]  # of each op's operands: ("in", slot) ("carry", slot) ("fixed", name)
+    sources: list[list[tuple[str, object]]]  # of each op's operands: ("in", slot) ("carry", slot) ("fixed", name)
 
 
 def roll(module: Module, name: str = "forward") -> Module:
@@ -109,13 +108,14 @@ def _best(func: Func, module: Module) -> tuple[Run, Wiring] | None:
     runs = sorted(_runs(ids), key=lambda run: (-run.times * run.period, run.period))
     for run in runs[:64]:
         options = [
-            (run_at, wiring) for shift in range(run.period) if (run_at := _shifted(run, shift, len(ids), ids)) is not None
-            and (wiring := wire(func, run_at)) is not None and _worth(func, run_at)
-        ]  # fmt: skip
+            (run_at, wiring)
+            for shift in range(run.period)
+            if (run_at := _shifted(run, shift, len(ids), ids)) is not None
+            and (wiring := wire(func, run_at)) is not None
+            and _worth(func, run_at)
+        ]
         if options:
-            return min(
-                options, key=lambda option: (len(option[1].carried), -option[0].times, option[0].start)
-            )
+            return min(options, key=lambda option: (len(option[1].carried), -option[0].times, option[0].start))
     return None
 
 
@@ -191,9 +191,7 @@ def _source(names: Sequence[str], made: dict[str, Slot], run: Run) -> tuple[str,
     for name in names:
         at, k = made.get(name, (-1, 0))
         inside = run.start <= at < run.start + run.times * run.period
-        places.append(
-            ((at - run.start) // run.period, ((at - run.start) % run.period, k)) if inside else None
-        )
+        places.append(((at - run.start) // run.period, ((at - run.start) % run.period, k)) if inside else None)
     if all(place is None for place in places):
         return ("fixed", names[0]) if len(set(names)) == 1 else None
     slots = {place[1] for place in places[1:] if place is not None}
@@ -221,9 +219,7 @@ def _closed(func: Func, run: Run, carried: dict[Slot, str], made: dict[str, Slot
 # -- folding --------------------------------------------------------------------------------------------
 def _fold(module: Module, name: str, run: Run, wiring: Wiring, block: str) -> Module:
     func = module.funcs[name]
-    pieces = [
-        func.ops[run.start + r * run.period : run.start + (r + 1) * run.period] for r in range(run.times)
-    ]
+    pieces = [func.ops[run.start + r * run.period : run.start + (r + 1) * run.period] for r in range(run.times)]
     roles, stacked, old = _stack_params(module, pieces)
     types = func.types()
     slots = list(wiring.carried)
@@ -305,7 +301,7 @@ def template(paths: Sequence[str]) -> tuple[str, tuple[int, int, int] | None]:
         varying = [i for i, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1]
         if len(varying) == 1 and all(p[varying[0]].isdigit() for p in parts):
             numbers = [int(p[varying[0]]) for p in parts]
-            steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+            steps = {b - a for a, b in itertools.pairwise(numbers)}
             if len(steps) == 1 and (step := steps.pop()) > 0:
                 row = list(parts[0])
                 row[varying[0]] = "*"

@@ -76,9 +76,7 @@ def transposed(graph: Graph, name: str, order: tuple[int, ...], op: Op | None = 
         return name
     type = graph.type(name)
     shape = tuple(type.shape[i] for i in order)
-    return graph.one(
-        "lax.transpose", [name], Type(type.dtype, shape), op.loc if op else None, permutation=order
-    )
+    return graph.one("lax.transpose", [name], Type(type.dtype, shape), op.loc if op else None, permutation=order)
 
 
 def _reshape(graph: Graph, op: Op) -> str | None:

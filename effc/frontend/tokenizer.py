@@ -22,9 +22,7 @@ class Tokenizer:
 
     def __init__(self, files: TokenizerFiles | None, where: str = "tokenizer"):
         if files is None:
-            raise EffcError(
-                f"{where}: no tokenizer.json, want one beside the weights (save_pretrained writes it)"
-            )
+            raise EffcError(f"{where}: no tokenizer.json, want one beside the weights (save_pretrained writes it)")
         self.where = where
         self.files = files
         self.rows: int | None = None
@@ -113,9 +111,7 @@ class Tokenizer:
         """Messages {'role', 'content'} -> prompt text; encode it with specials=False."""
         if self.chat_template is None:
             raise EffcError(f"{self.where}: no chat template in tokenizer_config.json, want plain text")
-        names = {
-            name: self.special(name) or "" for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-        }
+        names = {name: self.special(name) or "" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         try:
             template = _environment().from_string(self.chat_template)
             return template.render(

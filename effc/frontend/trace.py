@@ -52,9 +52,7 @@ def _trace_at(forward: Callable[..., Any], spec: Any, b: int, t: int) -> Any:
     tokens = jax.ShapeDtypeStruct((b, t), jnp.int32)
     jaxpr = jax.make_jaxpr(forward)(spec, tokens)
     if len(jaxpr.out_avals) != 1:
-        raise EffcError(
-            f"forward: returns {len(jaxpr.out_avals)} arrays, want logits [batch, length, vocabulary]"
-        )
+        raise EffcError(f"forward: returns {len(jaxpr.out_avals)} arrays, want logits [batch, length, vocabulary]")
     _check_logits(jaxpr.out_avals[0].shape, b, t)
     return jaxpr
 

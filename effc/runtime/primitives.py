@@ -130,7 +130,7 @@ def tile(x: Array, *, reps: Ints) -> Array:
     return jnp.tile(x, tuple(reps))
 
 
-def split(x: Array, *, sizes: Ints, axis: int) -> list[Array]:
+def split(x: Array, *, sizes: Ints, axis: int) -> Sequence[Array]:
     """x cut into pieces of these sizes."""
     return lax.split(x, tuple(sizes), axis)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 Decoder = Callable[[Sequence[int]], str]
@@ -49,7 +50,8 @@ class Watch:
         assert self._decode is not None
         first = max(0, len(tokens) - 1 - _BACK)
         known, whole = self._decode(tokens[first:-1]), self._decode(tokens[first:])
-        self.text = self.text[: len(self.text) - len(known)] + whole if known else self.text + whole
+        same = len(os.path.commonprefix([known, whole]))  # begins with a broken character where the cut is in one
+        self.text = self.text[: len(self.text) - len(known) + same] + whole[same:]
         self._ends.append(len(self.text))
 
     def _find(self) -> int | None:

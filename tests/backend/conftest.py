@@ -33,7 +33,7 @@ def random_store(module: Module) -> dict[str, Fixed]:
     rng = np.random.default_rng(0)
 
     def one(param: Param) -> np.ndarray:
-        shape = tuple(map(int, param.type.shape))  # type: ignore[arg-type]
+        shape = tuple(size for size in param.type.shape if isinstance(size, int))
         return (rng.standard_normal(shape) * (shape[0] ** -0.5 if len(shape) > 1 else 1)).astype(np.float32)
 
     return {name: Fixed(p, [one(p) for _ in range(p.count)]) for name, p in module.params.items()}
@@ -78,9 +78,7 @@ def emitted() -> Any:
                 continue
             stored = {k: text.partition(" = ")[2] or f"{key}.{k}" for k, text in entry.items()}
             count = max(len(store[name].arrays) for name in stored.values())
-            params[key] = [
-                {k: jnp.asarray(store[n].arrays[i]) for k, n in stored.items()} for i in range(count)
-            ]
+            params[key] = [{k: jnp.asarray(store[n].arrays[i]) for k, n in stored.items()} for i in range(count)]
         return Emitted(module, source, Engine(program, params))
 
     return make

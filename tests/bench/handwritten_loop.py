@@ -45,9 +45,7 @@ def shapes(module: Module) -> dict[str, Any]:
     norms = [op for op in block.ops if op.kind == "norm"]
     (attention,) = [op for op in block.ops if op.kind == "attention"]
     if len(linears) != 7 or len(norms) != 2:
-        raise EffcError(
-            f"{len(linears)} linears and {len(norms)} norms a layer, want a Llama-like module, 7 and 2"
-        )
+        raise EffcError(f"{len(linears)} linears and {len(norms)} norms a layer, want a Llama-like module, 7 and 2")
     types = block.types()
     (table,) = [op for op in forward.ops if op.kind == "rope_table"]
     (final,) = [op for op in forward.ops if op.kind == "norm"]
@@ -99,9 +97,7 @@ def by_hand(sizes: dict[str, Any], params: Any, embed: jax.Array) -> tuple[Any, 
         return jnp.argmax(weights["embed"] @ rms(x, weights["norm"])), new
 
     @partial(jax.jit, donate_argnums=1, static_argnums=4)
-    def loop(
-        weights: Any, caches: Any, length: jax.Array, token: jax.Array, count: int
-    ) -> tuple[Any, jax.Array]:
+    def loop(weights: Any, caches: Any, length: jax.Array, token: jax.Array, count: int) -> tuple[Any, jax.Array]:
         def body(i: jax.Array, carry: Any) -> Any:
             caches, token, out = carry
             token, caches = token_step(weights, caches, length + i, token)
@@ -142,9 +138,7 @@ def compare(folder: Path, tokens: int, rounds: int) -> float:
         end = time.perf_counter()
         cache = state["cache"]
         if (got != wanted).any():
-            raise EffcError(
-                f"token {int((got != wanted).argmax())} differs: {got.tolist()}, want {wanted.tolist()}"
-            )
+            raise EffcError(f"token {int((got != wanted).argmax())} differs: {got.tolist()}, want {wanted.tolist()}")
         if turn:  # the first round compiles
             times["emitted"].append(middle - begin)
             times["by hand"].append(end - middle)

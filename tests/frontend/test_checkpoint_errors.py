@@ -159,9 +159,7 @@ def test_special_tokens_without_a_row_are_refused_in_use(folder: Callable[..., P
 
 
 def test_unknown_family_lists_the_known_and_the_nearest(folder: Callable[..., Path]) -> None:
-    refused(
-        folder(model_type="lama"), "no family 'lama'", "qwen2, qwen3", "did you mean 'llama'?", "--module"
-    )
+    refused(folder(model_type="lama"), "no family 'lama'", "qwen2, qwen3", "did you mean 'llama'?", "--module")
 
 
 def test_unmatched_tensors(folder: Callable[..., Path]) -> None:
@@ -197,9 +195,7 @@ def test_missing_tensors_and_the_nearest(folder: Callable[..., Path]) -> None:
         ({"quantization": {"bits": 4, "group_size": 64}}, ("4-bit", "group_size=64")),
     ],
 )
-def test_quantized_input_is_refused_by_name(
-    folder: Callable[..., Path], config: dict, words: tuple[str, ...]
-) -> None:
+def test_quantized_input_is_refused_by_name(folder: Callable[..., Path], config: dict, words: tuple[str, ...]) -> None:
     refused(folder(**config), "quantized with", *words)
 
 
@@ -228,9 +224,7 @@ def test_quantized_tensors_without_a_word_in_the_config(folder: Callable[..., Pa
         ),
     ],
 )
-def test_config_that_means_another_model(
-    folder: Callable[..., Path], config: dict, words: tuple[str, ...]
-) -> None:
+def test_config_that_means_another_model(folder: Callable[..., Path], config: dict, words: tuple[str, ...]) -> None:
     refused(folder(**config), *words)
 
 

@@ -146,9 +146,7 @@ def test_config_and_dtype_can_be_overridden(tmp_path: Path) -> None:
 def test_bare_orbax_with_module(tmp_path: Path, wrapped: Any) -> None:
     file, params, logits = linen_model(tmp_path)
     check(
-        open_checkpoint(
-            save_orbax(tmp_path / "7" / "params", wrapped(params)).parent.parent, module=f"{file}:build"
-        ),
+        open_checkpoint(save_orbax(tmp_path / "7" / "params", wrapped(params)).parent.parent, module=f"{file}:build"),
         logits,
     )
 
@@ -171,9 +169,7 @@ def test_msgpack_with_module(tmp_path: Path) -> None:
 
 def test_safetensors_with_module(tmp_path: Path) -> None:
     file, params, logits = linen_model(tmp_path)
-    save_file(
-        {k.replace("/", "."): np.asarray(v) for k, v in flatten(params).items()}, tmp_path / "m.safetensors"
-    )
+    save_file({k.replace("/", "."): np.asarray(v) for k, v in flatten(params).items()}, tmp_path / "m.safetensors")
     check(open_checkpoint(tmp_path / "m.safetensors", module=f"{file}:build"), logits)
 
 
@@ -184,9 +180,7 @@ def test_scanned_boxed_linen_module() -> None:
         @linen.compact
         def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
             init = linen.with_partitioning(linen.initializers.lecun_normal(), ("in", "out"))
-            table = self.variable(
-                "constants", "table", lambda: jnp.arange(8, dtype=jnp.float32).reshape(1, 1, 8)
-            )
+            table = self.variable("constants", "table", lambda: jnp.arange(8, dtype=jnp.float32).reshape(1, 1, 8))
             return x + linen.Dense(8, kernel_init=init)(x) * table.value, None
 
     class Model(linen.Module):
@@ -287,9 +281,7 @@ def test_hugging_face_flax_msgpack(tmp_path: Path) -> None:
     for folder in (one, two):
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config))
-    save_file(
-        weights, one / "model.safetensors"
-    )  # without the 'transformer.' prefix, as the hub's gpt2 has it
+    save_file(weights, one / "model.safetensors")  # without the 'transformer.' prefix, as the hub's gpt2 has it
     tree: dict[str, Any] = {}
     for name, array in weights.items():
         *parents, leaf = f"transformer.{name}".split(".")

@@ -96,7 +96,7 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
 
 
 def test_logits_of_one_position_are_refused() -> None:
-    with pytest.raises(EffcError, match="want .*batch, length, vocabulary"):
+    with pytest.raises(EffcError, match=r"want .*batch, length, vocabulary"):
         lower(effc.load(lambda p, x: p["w"][x][:, -1], {"w": np.ones((5, 7), np.float32)}))
 
 

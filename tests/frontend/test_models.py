@@ -158,9 +158,7 @@ def metadata(config: dict) -> dict[str, int | float]:
         "attn_logit_softcapping": ("attn_logit_softcapping",),
         "final_logit_softcapping": ("final_logit_softcapping",),
     }
-    found = {
-        k: next((config[n] for n in names if config.get(n) is not None), None) for k, names in keys.items()
-    }
+    found = {k: next((config[n] for n in names if config.get(n) is not None), None) for k, names in keys.items()}
     if config["model_type"] == "gpt2":
         found["feed_forward_length"] = config.get("n_inner") or 4 * config["n_embd"]
     return {key: value for key, value in found.items() if value is not None}

@@ -45,9 +45,7 @@ def rust() -> Rust:
 
 def with_extra(rust: Rust, **extra: Any) -> Tokenizer:
     return Tokenizer(
-        TokenizerFiles(
-            rust.to_str().encode(), {f"{k}.json": json.dumps(v).encode() for k, v in extra.items()}
-        )
+        TokenizerFiles(rust.to_str().encode(), {f"{k}.json": json.dumps(v).encode() for k, v in extra.items()})
     )
 
 

@@ -46,7 +46,9 @@ class Layer(nn.Module):
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / HEAD**0.5
         scores = jnp.where(causal(t, self.window), scores, -1e9)
         if self.sink:
-            extra = jnp.broadcast_to(self.param("sink", nn.initializers.ones, (HEADS,))[None, :, None, None], (b, HEADS, t, 1))
+            extra = jnp.broadcast_to(
+                self.param("sink", nn.initializers.ones, (HEADS,))[None, :, None, None], (b, HEADS, t, 1)
+            )
             weights = nn.softmax(jnp.concatenate([scores, extra], -1))[..., :-1]
         else:
             weights = nn.softmax(scores)

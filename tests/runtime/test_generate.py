@@ -161,4 +161,4 @@ def test_the_cache_is_updated_in_place(engine: Engine) -> None:
     assert cache.entries[0].values[0].is_deleted()
     (key,) = set(engine._compiled) - others
     rows, capacity, width = state["cache"].entries[0].values[0].shape
-    assert f"f32[{rows},{capacity},{width}]{{2,1,0}} copy(" not in engine._compiled[key].as_text()
+    assert f"f32[{rows},{capacity},{width}]{{2,1,0}} copy(" not in engine._compiled[key].as_text()  # pyright: ignore

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,10 +37,10 @@ def plain_attention(q, k, v, positions, *, scale, window=0, softcap=0.0, bias=No
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}, {"window": 2, "softcap": 1.5}])
-def test_attention_is_softmax_over_the_keys_up_to_each_position(groups: int, options: dict[str, float]) -> None:
+def test_attention_is_softmax_over_the_keys_up_to_each_position(groups: int, options: dict[str, Any]) -> None:
     q, k, v = array(2, 3, 4, 8), array(2, 9, groups, 8), array(2, 9, groups, 6)
     positions = np.array([[2, 3, 4], [6, 7, 8]], np.int32)
-    got = layers.attention(*map(jnp.asarray, (q, k, v, positions)), scale=0.3, **options)
+    got = layers.attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(positions), scale=0.3, **options)
     want = plain_attention(q, k, v, positions, scale=0.3, **options)
     np.testing.assert_allclose(got, want, atol=2e-6)  # f32 sums of at most 9 terms near 1
 
@@ -60,7 +62,7 @@ def test_attention_adds_a_bias_of_query_key_and_head() -> None:
 
     q, k, v = array(2, 3, 4, 8), array(2, 7, 2, 8), array(2, 7, 2, 8)
     positions = np.array([[0, 1, 2], [4, 5, 6]], np.int32)
-    got = layers.attention(*map(jnp.asarray, (q, k, v, positions)), bias, scale=0.5)
+    got = layers.attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(positions), bias, scale=0.5)
     want = plain_attention(q, k, v, positions, scale=0.5, bias=lambda i, j, h: (j - i) * (h + 1) * 0.1)
     np.testing.assert_allclose(got, want, atol=2e-6)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,7 +121,7 @@ def test_changing_numbers_compiles_nothing() -> None:
         ({"temperature": float("nan")}, "temperature is nan, want 0 (greedy) or more"),
     ],
 )
-def test_senseless_settings_are_refused(options: dict[str, float], message: str) -> None:
+def test_senseless_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(EffcError) as error:
         Sampling(**options)
     assert message in str(error.value)

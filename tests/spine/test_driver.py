@@ -69,8 +69,11 @@ def test_no_passes_change_nothing(source: Source, tmp_path: Path) -> None:
     assert (report.after.quality.kl, report.after.quality.top1) == (0.0, 1.0)
 
 
-def test_speed_is_measured_in_processes_of_their_own(source: Source, tmp_path: Path) -> None:
+def test_speed_and_quality_are_measured_in_processes_of_their_own(source: Source, tmp_path: Path) -> None:
     report = optimize(source, tmp_path / "out", replace(QUIET, passes="quant8", speed=True))
+    assert report.before.quality is not None
+    plain = optimize(source, tmp_path / "again", replace(QUIET, passes="quant8"))
+    assert plain.before.quality == report.before.quality
     for side in (report.before, report.after):
         assert side.speed is not None
         assert side.speed.decode > 0

@@ -48,7 +48,7 @@ def letters(bos: bool = False) -> Tokenizer:
 
 
 def logits_of(side, chunk: np.ndarray) -> np.ndarray:
-    return np.asarray(run(*side, jnp.asarray(chunk)), np.float64)[0]
+    return np.asarray(run(side[0], side[1], jnp.asarray(chunk)), np.float64)[0]
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -87,9 +87,9 @@ def test_the_plain_formulas(context: int, sides) -> None:
 
 def test_slices_do_not_show(sides, monkeypatch) -> None:
     text = random_windows(160, window=40, tokens=80, seed=1)
-    whole = compare(*sides, text)
+    whole = compare(*sides, text)  # pyright: ignore
     monkeypatch.setattr(evaluate, "SLICE_BYTES", 16 * 4 * 160)
-    cut = compare(*sides, text)
+    cut = compare(*sides, text)  # pyright: ignore
     assert [q.nats for q in cut] == pytest.approx([q.nats for q in whole], rel=1e-5)
     assert cut[1].kl == pytest.approx(whole[1].kl, rel=1e-4)
 

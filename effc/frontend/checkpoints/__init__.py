@@ -81,9 +81,7 @@ def _open_gguf(file: Path, dtype: np.dtype | None) -> Source:
     try:
         from effc.frontend.checkpoints import gguf  # the library is an extra
     except ModuleNotFoundError as error:
-        raise EffcError(
-            f"{file}: reading GGUF needs the {error.name} package: pip install 'effc[gguf]'"
-        ) from None
+        raise EffcError(f"{file}: reading GGUF needs the {error.name} package: pip install 'effc[gguf]'") from None
     return gguf.open_gguf(file, dtype or F32)
 
 

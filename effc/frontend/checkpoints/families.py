@@ -45,8 +45,7 @@ class Config:
         name = next((self.values[key] for key in keys if self.values.get(key)), default)
         if name not in ACTIVATIONS:
             raise EffcError(
-                f"{self.where}: no activation '{name}', "
-                f"want {', '.join(ACTIVATIONS)}{nearest(name, ACTIVATIONS)}"
+                f"{self.where}: no activation '{name}', want {', '.join(ACTIVATIONS)}{nearest(name, ACTIVATIONS)}"
             )
         return name
 
@@ -89,22 +88,13 @@ def scaled_rope(config: Config, base: Rope, theta: float, scaling: Mapping[str, 
     if name == "linear":
         return rope.linear(base, scaling["factor"])
     if name == "llama3":
-        return rope.llama3(
-            base, scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"], original
-        )
+        return rope.llama3(base, scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"], original)
     if name == "yarn" and not scaling.get("mscale"):
-        options = {
-            key: scaling[key]
-            for key in ("beta_fast", "beta_slow", "truncate")
-            if scaling.get(key) is not None
-        }
-        return rope.yarn(
-            base, theta, scaling["factor"], original, scale=scaling.get("attention_factor"), **options
-        )
+        options = {key: scaling[key] for key in ("beta_fast", "beta_slow", "truncate") if scaling.get(key) is not None}
+        return rope.yarn(base, theta, scaling["factor"], original, scale=scaling.get("attention_factor"), **options)
     known = ("linear", "llama3", "yarn")
     raise EffcError(
-        f"{config.where}: rope scaling '{name}' is not supported, "
-        f"want {', '.join(known)}{nearest(str(name), known)}"
+        f"{config.where}: rope scaling '{name}' is not supported, want {', '.join(known)}{nearest(str(name), known)}"
     )
 
 
@@ -119,16 +109,13 @@ def windows(config: Config, layers: int, sliding: Callable[[int], bool]) -> tupl
     unknown = set(kinds) - {"sliding_attention", "full_attention"}
     if unknown:
         raise EffcError(
-            f"{config.where}: layer type '{min(unknown)}' is not supported, "
-            "want full_attention or sliding_attention"
+            f"{config.where}: layer type '{min(unknown)}' is not supported, want full_attention or sliding_attention"
         )
     return tuple(size if kind == "sliding_attention" else None for kind in kinds)
 
 
 def llama(config: Config, **options: Any) -> Llama:
-    layers, heads, width = (
-        config.need(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    )
+    layers, heads, width = (config.need(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
     head_dim = config.get("head_dim", width // heads)
     rotation = ropes(config, head_dim, theta=config.get("rope_theta", 10000.0))
     defaults = {

@@ -36,9 +36,7 @@ KEYS = ("format", "module", "config", "params", "tokenizer", "dtype", "context")
 TRAINING_STATE = r"(^|[/.])(opt_state|step|rngs?|key|count|loss_scale)([/.]|$)"
 
 
-def open_folder(
-    folder: Path, config: Mapping[str, Any], dtype: np.dtype | None, module: str | None = None
-) -> Source:
+def open_folder(folder: Path, config: Mapping[str, Any], dtype: np.dtype | None, module: str | None = None) -> Source:
     """A folder with effc.json. Runs the code it names: open only what you trust."""
     settings = read_settings(folder / "effc.json")
     params = folder / settings.get("params", "params")
@@ -61,9 +59,7 @@ def open_with_module(path: Path, module: str, config: Mapping[str, Any], dtype: 
         return open_folder(path, config, dtype, module)
     folder = path if path.is_dir() else path.parent
     tokenizer = tokenizer_in(folder) or tokenizer_in(folder.parent)
-    return build_source(
-        path, tensors_in(path), module, config, dtype or np.dtype(np.float32), tokenizer, None
-    )
+    return build_source(path, tensors_in(path), module, config, dtype or np.dtype(np.float32), tokenizer, None)
 
 
 def build_source(

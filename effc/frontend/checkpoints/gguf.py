@@ -126,9 +126,7 @@ def open_gguf(file: Path, dtype: np.dtype) -> Source:
     module = family.build(config)
     forward, spec = adapt.from_linen(module, where=str(file))
     specs = flatten(spec)
-    refs = {
-        path: fixed(path, ref, arch, config) for path, ref in refs_of(specs, NAMES, transposed=True).items()
-    }
+    refs = {path: fixed(path, ref, arch, config) for path, ref in refs_of(specs, NAMES, transposed=True).items()}
     return Source(
         name=file.stem,
         forward=forward,
@@ -186,8 +184,7 @@ def gemma_scale(config: Mapping[str, Any]) -> int:
 def refuse_unlike(fields: Mapping[str, Any], arch: str, config: Mapping[str, Any], where: str) -> None:
     if fields.get("split.count", 1) > 1:
         raise EffcError(
-            f"{where}: one of {fields['split.count']} parts, "
-            "want a single file (llama-gguf-split --merge joins them)"
+            f"{where}: one of {fields['split.count']} parts, want a single file (llama-gguf-split --merge joins them)"
         )
     experts = fields.get(f"{arch}.expert_count")
     if experts:

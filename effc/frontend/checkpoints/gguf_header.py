@@ -74,9 +74,7 @@ class _Cursor:
         tensors, fields = self.number("<u8"), self.number("<u8")
         values = {self.string(): self.value(self.number("<u4")) for _ in range(fields)}
         infos = [self.tensor() for _ in range(tensors)]
-        start = -(-self.at // values.get("general.alignment", ALIGNMENT)) * values.get(
-            "general.alignment", ALIGNMENT
-        )
+        start = -(-self.at // values.get("general.alignment", ALIGNMENT)) * values.get("general.alignment", ALIGNMENT)
         places = {name: _place(kind, shape, start + offset) for name, kind, shape, offset in infos}
         end = max((place.offset + place.size for place in places.values()), default=0)
         if len(self.data) < end:

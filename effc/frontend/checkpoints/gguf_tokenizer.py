@@ -37,12 +37,8 @@ class Splitting:
 
 SPLITTINGS: Mapping[str, Splitting] = {
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion"), Splitting()),
-    **dict.fromkeys(
-        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), Splitting(digits=True)
-    ),
-    **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), Splitting(LLAMA3, whole=True, bos=True)
-    ),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), Splitting(digits=True)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), Splitting(LLAMA3, whole=True, bos=True)),
     **dict.fromkeys(("dbrx", "smaug-bpe"), Splitting(LLAMA3)),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), Splitting(QWEN2, nfc=True)),
     "tekken": Splitting(TEKKEN, whole=True, bos=True),
@@ -67,8 +63,7 @@ def tokenizer_files(fields: Mapping[str, Any], where: str) -> TokenizerFiles | N
         tokenizer, bos = sentence_piece(data), True
     else:
         raise EffcError(
-            f"{where}: tokenizer model '{kind}' is not supported, "
-            "want gpt2 (byte-level BPE) or llama (SentencePiece)"
+            f"{where}: tokenizer model '{kind}' is not supported, want gpt2 (byte-level BPE) or llama (SentencePiece)"
         )
     add_specials(tokenizer, data)
     frame(tokenizer, data, bos)
@@ -78,8 +73,7 @@ def tokenizer_files(fields: Mapping[str, Any], where: str) -> TokenizerFiles | N
 def splitting(pre: str, where: str) -> Splitting:
     if pre not in SPLITTINGS:
         raise EffcError(
-            f"{where}: pre-tokenizer '{pre}' is not known, "
-            f"want {', '.join(SPLITTINGS)}{nearest(pre, SPLITTINGS)}"
+            f"{where}: pre-tokenizer '{pre}' is not known, want {', '.join(SPLITTINGS)}{nearest(pre, SPLITTINGS)}"
         )
     return SPLITTINGS[pre]
 
@@ -105,16 +99,11 @@ def sentence_piece(data: Mapping[str, Any]) -> Tokenizer:
     kinds = data.get("token_type") or [gguf.TokenType.NORMAL] * len(tokens)
     plain = {token for token, kind in zip(tokens, kinds, strict=True) if kind == gguf.TokenType.NORMAL}
     pairs = [
-        (scores[vocab[t]], t[:i], t[i:])
-        for t in plain
-        for i in range(1, len(t))
-        if t[:i] in plain and t[i:] in plain
+        (scores[vocab[t]], t[:i], t[i:]) for t in plain for i in range(1, len(t)) if t[:i] in plain and t[i:] in plain
     ]
     pairs.sort(key=lambda p: (-p[0], -len(p[1]), -len(p[2]), vocab[p[1]], vocab[p[2]]))
     unknown = tokens[data.get("unknown_token_id", 0)]
-    bpe = models.BPE(
-        vocab=vocab, merges=[p[1:] for p in pairs], unk_token=unknown, fuse_unk=True, byte_fallback=True
-    )
+    bpe = models.BPE(vocab=vocab, merges=[p[1:] for p in pairs], unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
     prefix = data.get("add_space_prefix", True)
     spaces = normalizers.Replace(" ", SPACE)

@@ -70,9 +70,7 @@ def safetensors_in(folder: Path) -> SafetensorFiles:
         files = sorted({folder / file for file in read_json(index)["weight_map"].values()})
         lost = [file.name for file in files if not file.exists()]
         if lost:
-            raise EffcError(
-                f"{index}: {len(lost)} of {len(files)} shards are not there: {', '.join(lost[:5])}"
-            )
+            raise EffcError(f"{index}: {len(lost)} of {len(files)} shards are not there: {', '.join(lost[:5])}")
         return SafetensorFiles(files, str(folder))
     files = sorted(folder.glob("*.safetensors"))
     if files:
@@ -89,11 +87,7 @@ def tokenizer_in(folder: Path) -> TokenizerFiles | None:
         return None
     extra = {name: (folder / name).read_bytes() for name in EXTRAS if (folder / name).exists()}
     if "generation_config.json" not in extra and (folder / "config.json").exists():
-        ids = {
-            k: v
-            for k, v in read_json(folder / "config.json").items()
-            if k in ("eos_token_id", "bos_token_id")
-        }
+        ids = {k: v for k, v in read_json(folder / "config.json").items() if k in ("eos_token_id", "bos_token_id")}
         extra["generation_config.json"] = json.dumps(ids).encode()
     return TokenizerFiles(file.read_bytes(), extra)
 
@@ -102,12 +96,8 @@ def refuse_quantized(quantization: Mapping[str, Any] | None, where: str, key: st
     """Bytes that mean something else than they look like are refused by the name of what made them."""
     if not quantization:
         return
-    method = (
-        quantization.get("quant_method") or quantization.get("mode") or f"{quantization.get('bits', '?')}-bit"
-    )
-    detail = ", ".join(
-        f"{k}={quantization[k]}" for k in ("format", "bits", "group_size") if k in quantization
-    )
+    method = quantization.get("quant_method") or quantization.get("mode") or f"{quantization.get('bits', '?')}-bit"
+    detail = ", ".join(f"{k}={quantization[k]}" for k in ("format", "bits", "group_size") if k in quantization)
     raise EffcError(
         f"{where}: {key} says the weights are quantized with {method}{f' ({detail})' if detail else ''}, "
         "want plain floats (or GGUF, which is read): give the checkpoint it was made from"
@@ -117,9 +107,7 @@ def refuse_quantized(quantization: Mapping[str, Any] | None, where: str, key: st
 def kinds_of(tensors: Tensors) -> str:
     """'BF16 x291' or 'Q4_1 x210, F32 x61, Q8_0 x1'."""
     kinds = [tensors.kind(name) for name in tensors.names()]
-    return ", ".join(
-        f"{kind} x{kinds.count(kind)}" for kind in sorted(set(kinds), key=lambda k: -kinds.count(k))
-    )
+    return ", ".join(f"{kind} x{kinds.count(kind)}" for kind in sorted(set(kinds), key=lambda k: -kinds.count(k)))
 
 
 def read_json(file: Path) -> dict[str, Any]:

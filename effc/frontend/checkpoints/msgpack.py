@@ -64,9 +64,7 @@ class HfFlaxTensors(MsgpackTensors):
 
     def __init__(self, file: Path):
         super().__init__(file)
-        self.stored = {
-            re.sub(r"\.(kernel|embedding|scale)$", ".weight", n.replace("/", ".")): n for n in self.places
-        }
+        self.stored = {re.sub(r"\.(kernel|embedding|scale)$", ".weight", n.replace("/", ".")): n for n in self.places}
 
     def names(self) -> Iterable[str]:
         return self.stored
@@ -98,9 +96,7 @@ def _walk(f: BinaryIO, path: str) -> Iterator[tuple[str, Place]]:
         for _ in range(size):
             key = _key(f)
             if key == CHUNKED:
-                raise ValueError(
-                    f"array '{path}' is over 1 GiB and stored in pieces, want safetensors or Orbax"
-                )
+                raise ValueError(f"array '{path}' is over 1 GiB and stored in pieces, want safetensors or Orbax")
             yield from _walk(f, f"{path}/{key}" if path else key)
     elif tag in (0xC7, 0xC8, 0xC9) or 0xD4 <= tag <= 0xD8:
         size = _int(f, 1 << (tag - 0xC7)) if tag <= 0xC9 else 1 << (tag - 0xD4)

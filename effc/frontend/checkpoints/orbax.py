@@ -50,9 +50,7 @@ class OrbaxTensors:
             if any(isinstance(key, int) for key in keys):
                 out = self._read_in_place(keys, args)
             else:
-                request = ocp.args.PyTreeRestore(
-                    _nest(keys, 0), restore_args=_nest(keys, args), partial_restore=True
-                )
+                request = ocp.args.PyTreeRestore(_nest(keys, 0), restore_args=_nest(keys, args), partial_restore=True)
                 out = self.reader.restore(self.folder, args=request)
         except (OSError, ValueError, KeyError) as error:
             raise EffcError(f"{self.where}: cannot read '{name}': {_first_line(error)}") from None
@@ -77,9 +75,7 @@ def find_orbax(folder: Path) -> Path | None:
     if (folder / "_METADATA").exists() or (folder / "manifest.ocdbt").exists():
         return folder
     inner = [folder / name for name in ITEMS]
-    steps = sorted(
-        (p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: -int(p.name)
-    )
+    steps = sorted((p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: -int(p.name))
     for candidate in [*inner, *steps[:1]]:
         found = find_orbax(candidate) if candidate.is_dir() else None
         if found is not None:

@@ -72,9 +72,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     with file.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if size < 8 or length > size - 8:
-            raise EffcError(
-                f"{file}: truncated: {size} bytes, want at least {8 + length} for the header alone"
-            )
+            raise EffcError(f"{file}: truncated: {size} bytes, want at least {8 + length} for the header alone")
         try:
             header = json.loads(f.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError):
@@ -96,7 +94,5 @@ def _entries(file: Path, header: dict[str, Any], start: int, size: int) -> dict[
 def _entry(file: Path, name: str, tensor: dict, start: int) -> Entry:
     kind, shape, (begin, end) = tensor["dtype"], tuple(tensor["shape"]), tensor["data_offsets"]
     if kind in DTYPES and end - begin != math.prod(shape) * DTYPES[kind].itemsize:
-        raise EffcError(
-            f"{file}: tensor '{name}' takes {end - begin} bytes, want {math.prod(shape)} {kind} values"
-        )
+        raise EffcError(f"{file}: tensor '{name}' takes {end - begin} bytes, want {math.prod(shape)} {kind} values")
     return Entry(file, kind, shape, start + begin)

@@ -138,8 +138,7 @@ def _check(tensors: Tensors, ref: Ref, path: str, spec: Spec) -> None:
     if tuple(found) != tuple(spec.shape):
         want = spec.shape[::-1] if ref.transpose else spec.shape
         raise EffcError(
-            f"{tensors.where}: tensor '{ref.tensor}' is {list(shape)}, "
-            f"want {list(want)} for parameter '{path}'"
+            f"{tensors.where}: tensor '{ref.tensor}' is {list(shape)}, want {list(want)} for parameter '{path}'"
         )
 
 

@@ -36,9 +36,7 @@ def load_build(ref: str, folder: Path) -> Build:
     return build
 
 
-def adapt_model(
-    build: Build, config: Mapping[str, Any], dtype: np.dtype, where: str
-) -> tuple[Forward, PyTree]:
+def adapt_model(build: Build, config: Mapping[str, Any], dtype: np.dtype, where: str) -> tuple[Forward, PyTree]:
     """Forward and spec of build(**config), floating parameters as dtype; NNX models are not initialised."""
     module = _call_abstractly(build, config, where)
     if isinstance(module, nnx.Module):
@@ -46,15 +44,11 @@ def adapt_model(
     elif isinstance(module, linen.Module):
         forward, spec = adapt.from_linen(build(**config), where=where)
     else:
-        raise EffcError(
-            f"{where}: build returned {type(module).__name__}, want a flax.linen or flax.nnx Module"
-        )
+        raise EffcError(f"{where}: build returned {type(module).__name__}, want a flax.linen or flax.nnx Module")
 
     def as_dtype(leaf: Spec) -> Spec:
         return (
-            Spec(leaf.shape, dtype)
-            if np.issubdtype(leaf.dtype, np.floating) or leaf.dtype.name == "bfloat16"
-            else leaf
+            Spec(leaf.shape, dtype) if np.issubdtype(leaf.dtype, np.floating) or leaf.dtype.name == "bfloat16" else leaf
         )
 
     return forward, jax.tree.map(as_dtype, spec)
@@ -99,6 +93,4 @@ def _import(ref: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise EffcError(
-            f"module '{ref}': {error}; a file is written with its .py: path/to/model.py:build"
-        ) from None
+        raise EffcError(f"module '{ref}': {error}; a file is written with its .py: path/to/model.py:build") from None

@@ -229,9 +229,9 @@ def _sided(op: Op, queries: int, at: int, free: list[list[int]], tokens: list[li
     apart = len(sizes) if merged != 1 else None
     if apart is not None:
         sizes = [*sizes[:at], B, *sizes[at + 1 :], merged]
-    tokens_at = [place[(s, tokens[s][0])] for s in (queries, 1 - queries)]
+    query, key = (place[(s, tokens[s][0])] for s in (queries, 1 - queries))
     heads = tuple(shared) if apart is None else (apart, *shared)
-    axes = Axes(at, *tokens_at, heads, tuple(place[(queries, a)] for a in own), tuple(sizes), apart)
+    axes = Axes(at, query, key, heads, tuple(place[(queries, a)] for a in own), tuple(sizes), apart)
     q, k = (
         Operand(
             batch[s][at],

@@ -187,7 +187,7 @@ def _short(x: float) -> float:
 class _At:
     """One evaluation at points; `feeds` are values that are the same number everywhere."""
 
-    def __init__(self, graph: Graph, sizes: dict[str, int], feeds: dict[str, np.ndarray]) -> None:
+    def __init__(self, graph: Graph, sizes: dict[str, int], feeds: dict[str, np.float32]) -> None:
         self.graph, self.sizes, self.feeds = graph, sizes, feeds
         self.memo: dict[object, Any] = {}
 

@@ -22,18 +22,21 @@ def run_region(
     params: Mapping[str, object] | None = None,
 ) -> list[np.ndarray]:  # fmt: skip
     """Values of `roots` when the values in `feeds` are given; parameters by name from `params`."""
-    values: dict[str, Array] = {}
-    for name, x in feeds.items():
-        dtype = NUMPY[str(graph.type(name).dtype)]
-        values[graph.find(name)] = jnp.asarray(x, dtype)
-    context = Context(
-        dict(sizes), jnp.broadcast_to(jnp.arange(sizes["t"], dtype=jnp.int32), (sizes["b"], sizes["t"]))
-    )
-    for op in region(graph, roots, set(values)):
-        weights = {role: jnp.asarray((params or {})[name]) for role, name in op.params.items()}
-        results = apply(op, [values[i] for i in op.inputs], weights, context)
-        values.update(zip((v.name for v in op.outputs), results, strict=True))
-    return [np.asarray(values[graph.find(r)].astype(jnp.float32)) for r in roots]
+    dtypes = {name: NUMPY[str(graph.type(name).dtype)] for name in feeds}
+    given = {graph.find(name): jnp.asarray(x, dtypes[name]) for name, x in feeds.items()}
+    ops = region(graph, roots, set(given))
+    weights = {name: jnp.asarray((params or {})[name]) for op in ops for name in op.params.values()}
+
+    def program(values: dict[str, Array], weights: Mapping[str, Array]) -> list[Array]:
+        values = dict(values)
+        context = Context(dict(sizes), jnp.broadcast_to(jnp.arange(sizes["t"], dtype=jnp.int32), (sizes["b"], sizes["t"])))
+        for op in ops:
+            mine = {role: weights[name] for role, name in op.params.items()}
+            results = apply(op, [values[i] for i in op.inputs], mine, context)
+            values.update(zip((v.name for v in op.outputs), results, strict=True))
+        return [values[graph.find(r)].astype(jnp.float32) for r in roots]
+
+    return [np.asarray(x) for x in jax.jit(program)(given, weights)]  # compiled whole: far quicker than op by op
 
 
 def region(graph: Graph, roots: Iterable[str], stop: Iterable[str], limit: int = 1 << 30) -> list[Op]:

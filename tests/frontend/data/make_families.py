@@ -60,9 +60,7 @@ CASES = {
         **{**GEMMA, "num_hidden_layers": 7}, sliding_window=5, query_pre_attn_scalar=8, rope_scaling=LINEAR
     ),
     "gpt2": tf.GPT2Config(**GPT2),
-    "gpt2_untied": tf.GPT2Config(
-        **GPT2, n_inner=20, activation_function="gelu_new", tie_word_embeddings=False
-    ),
+    "gpt2_untied": tf.GPT2Config(**GPT2, n_inner=20, activation_function="gelu_new", tie_word_embeddings=False),
 }
 DERIVED = ("transformers_version", "dtype", "architectures")
 
