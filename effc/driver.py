@@ -17,14 +17,15 @@ from effc import artifact, evaluate, speed
 from effc.artifact import WEIGHTS, effc_version, staged, write_manifest, write_texts
 from effc.backend.to_python import emit, load_program
 from effc.clock import Clock
-from effc.errors import EffcError, nearest
+from effc.comparing import compare_apart
+from effc.edited import edited_module
+from effc.errors import EffcError
 from effc.evaluate import Quality, Windows
 from effc.frontend.check import check
 from effc.frontend.lowering import lower
 from effc.frontend.source import Source
 from effc.frontend.tokenizer import Tokenizer
 from effc.ir.core import Module
-from effc.ir.types import Quant
 from effc.memory import peak_bytes
 from effc.passes import runner
 from effc.passes.base import Exactness, Pass, PassError
@@ -83,7 +84,7 @@ def optimize(source: Source, out: Path, settings: Settings | None = None, consol
     text, calib = evaluation_text(source, settings), _hash_of(settings.calib)
     with clock.step("lower"):
         lowered = lower(source)
-        edited = _edited(lowered.module, settings.ir)
+        edited = edited_module(lowered.module, settings.ir)
     text = text or _random_text(lowered.module, settings)
     with clock.step("check"):
         checked = check(lowered, source, text.ids(), seed=settings.seed)
@@ -108,7 +109,7 @@ def optimize(source: Source, out: Path, settings: Settings | None = None, consol
                 with clock.step("export"):
                     _export(work, program)
             with clock.step("evaluate", text.scored) as advance:
-                quality = evaluate.compare(origin.side, final.side, text, advance)
+                quality = _qualities(origin, final, text, advance)
             with clock.step("tokens/s"):
                 speeds = _speeds(origin, final, notes) if settings.speed else (None, None)
         exactness = _exactness(pipeline, edited)
@@ -135,7 +136,7 @@ def plan(source: Source, settings: Settings | None = None) -> Plan:
     settings = settings or Settings()
     pipeline = Pipeline.parse(settings.passes)
     lowered = lower(source)
-    edited = _edited(lowered.module, settings.ir)
+    edited = edited_module(lowered.module, settings.ir)
     start = edited or lowered.module
     steps = runner.run(start, pipeline.ordered(), _watcher(settings))
     after = steps[-1].after if steps else start
@@ -223,20 +224,6 @@ def _exactness(pipeline: Pipeline, edited: Module | None) -> Exactness:
     return Exactness.LOSSY if edited else pipeline.exactness()
 
 
-# ---- a module edited by hand
-
-
-def _edited(origin: Module, file: Path | None) -> Module | None:
-    """The module of `file`, its parameters those of `origin`, perhaps coded; EffcError where they are not."""
-    if file is None:
-        return None
-    module = artifact.read_module(file)
-    runner.check_module(str(file), module)
-    for name in module.params:
-        _check_param(file, origin, module, name)
-    return module
-
-
 def _start(origin: State, edited: Module | None) -> State:
     """What the passes begin with: the checkpoint's arrays, coded where an edited module says so."""
     if edited is None:
@@ -245,30 +232,13 @@ def _start(origin: State, edited: Module | None) -> State:
     return State(edited, origin.store.replace(made, edited))
 
 
-def _check_param(file: Path, origin: Module, module: Module, name: str) -> None:
-    """A parameter of the file must be one of the checkpoint, perhaps coded."""
-    if name not in origin.params:
-        near = nearest(name, origin.params)
-        raise EffcError(
-            f"{file}: @{name} is no parameter of the checkpoint's own IR{near} (edit a dump from before fuse)"
-        )
-    was, now = origin.params[name], module.params[name]
-    same = (was.type.shape, was.stack, was.path, was.over, was.perm)
-    if same != (now.type.shape, now.stack, now.path, now.over, now.perm):
-        raise EffcError(
-            f"{file}: @{name} is {now.stack} * {now.type} of '{now.path}', "
-            f"want {was.stack} * {was.type} of '{was.path}' as in the checkpoint"
-        )
-    if was.type != now.type and not isinstance(now.type.dtype, Quant):
-        raise EffcError(f"{file}: @{name} is {now.type.dtype}, want {was.type.dtype} as in the checkpoint, or q2 to q8")
-
-
 # ---- arrays on disk
 
 
 def _written(state: State, folder: Path, advance: Any = None) -> State:
     """The same module, its arrays in a file."""
     folder.mkdir(parents=True, exist_ok=True)
+    artifact.write_module(folder, state.module)
     files = write_safetensors(folder / WEIGHTS, state.module, state.store, progress=advance)
     return State(state.module, open_safetensors(folder / WEIGHTS, state.module), tuple(files))
 
@@ -328,6 +298,13 @@ def _random_text(module: Module, settings: Settings) -> Windows:
     window = min(settings.window, context) if isinstance(context, int) else settings.window
     vocab = evaluate.vocab_of(module)
     return evaluate.random_windows(vocab, window=window, tokens=settings.eval_tokens, seed=settings.seed)
+
+
+def _qualities(origin: State, final: State, text: Windows, advance: Any) -> tuple[Quality, Quality]:
+    """Of both: apart where both are on disk, else here."""
+    if origin.files and final.files:
+        return compare_apart(origin.files[0].parent, final.files[0].parent, text, advance)
+    return evaluate.compare(origin.side, final.side, text, advance)
 
 
 def _speeds(origin: State, final: State, notes: list[str]) -> tuple[Speed | None, Speed | None]:

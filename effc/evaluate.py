@@ -26,7 +26,7 @@ from effc.ir.core import Module
 from effc.ir.interpret import Piece, run_chunks
 from effc.ir.types import evaluate
 from effc.memory import give_back
-from effc.weights import Lazy
+from effc.weights import Lazy, nbytes
 
 Store = Mapping[str, Lazy]
 Side = tuple[Module, Store]
@@ -103,9 +103,7 @@ def read_text(path: Path | None) -> tuple[str, str]:
         raise EffcError(f"{path}: {why}, want a text file to evaluate on") from None
 
 
-def windows(
-    tokenizer: Tokenizer, text: str, *, window: int = WINDOW, tokens: int = 0, source: str = ""
-) -> Windows:
+def windows(tokenizer: Tokenizer, text: str, *, window: int = WINDOW, tokens: int = 0, source: str = "") -> Windows:
     """The first `tokens` tokens of the text (0: all) in windows; EffcError for too short a text."""
     bare = tokenizer.rust.encode(_enough(text, tokens), add_special_tokens=False)
     head = _prefix(tokenizer)
@@ -184,8 +182,10 @@ def _measure(
 
 def _together(sides: Sequence[Side], text: Windows) -> Iterator[tuple[int, int, list[jax.Array]]]:
     """Logits of the same tokens from every side, a slice at a time."""
-    streams = [_primed(_stream(side, text)) for side in sides]
-    for pieces in zip(*streams, strict=True):
+    # The smaller side first: what it keeps for its logits is held while the other's layers run.
+    order = sorted(range(len(sides)), key=lambda i: nbytes(sides[i][0]))
+    streams = {i: _primed(_stream(sides[i], text)) for i in order}
+    for pieces in zip(*(streams[i] for i in range(len(sides))), strict=True):
         assert len({(p.chunk, p.start, p.logits.shape) for p in pieces}) == 1
         yield pieces[0].chunk, pieces[0].start, [p.logits for p in pieces]
 
@@ -211,11 +211,14 @@ def _sums() -> Callable[..., jax.Array]:
     """Of the scored rows: nats of the one, nats of the other, divergence, agreement."""
 
     def call(p: jax.Array, q: jax.Array, targets: jax.Array, scored: jax.Array) -> jax.Array:
-        log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in (p, q))
-        nats = [-jnp.take_along_axis(x, targets[:, None], axis=-1)[:, 0] for x in (log_p, log_q)]
-        kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        p, q = p.astype(jnp.float32), q.astype(jnp.float32)
+        log_z = [jax.nn.logsumexp(x, axis=-1) for x in (p, q)]
+        told = [jnp.take_along_axis(x, targets[:, None], axis=-1)[:, 0] for x in (p, q)]
+        # sum p (log p - log q) with the normalisers taken out: nothing as large as the logits is kept
+        apart = jnp.sum(jnp.exp(p - log_z[0][:, None]) * (p - q), axis=-1)
         same = (jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)).astype(jnp.float32)
-        return jnp.stack([jnp.sum(jnp.where(scored, x, 0.0)) for x in (*nats, kl, same)])
+        rows = (log_z[0] - told[0], log_z[1] - told[1], apart - log_z[0] + log_z[1], same)
+        return jnp.stack([jnp.sum(jnp.where(scored, x, 0.0)) for x in rows])
 
     return jax.jit(call)
 
@@ -239,9 +242,7 @@ def gap(before: np.ndarray, after: np.ndarray) -> float:
 def check_finite(values: np.ndarray, where: str) -> None:
     """EffcError for NaN or infinity."""
     if not np.isfinite(values).all():
-        raise EffcError(
-            f"{where}: the logits hold NaN or infinity, want finite numbers (are the weights sound?)"
-        )
+        raise EffcError(f"{where}: the logits hold NaN or infinity, want finite numbers (are the weights sound?)")
 
 
 def fingerprint(side: Side, tokens: np.ndarray) -> dict[str, Any]:

@@ -37,6 +37,13 @@ class Small(nn.Module):
         return nn.Dense(96, use_bias=False, name="head")(x + h)
 
 
+@pytest.fixture(autouse=True)
+def keep_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of small models may stay in memory: compiling them anew is most of these tests' time."""
+    for place in ("clock", "evaluate"):
+        monkeypatch.setattr(f"effc.{place}.give_back", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def source() -> Source:
     params = Small().init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
