@@ -119,11 +119,14 @@ def _memory() -> float | None:
 def _jax() -> tuple[dict[str, Any], list[str]]:
     import jax
 
+    from effc.runtime.kernels.matmul import native
+
     try:
         devices = jax.devices()
     except RuntimeError as error:  # a platform asked for (JAX_PLATFORMS) that is not there
         return {"platform": None, "devices": []}, [f"jax finds no device: {str(error).splitlines()[0]}"]
-    return {"platform": jax.default_backend(), "devices": [str(d) for d in devices]}, []
+    kernels = native.status()
+    return {"platform": jax.default_backend(), "devices": [str(d) for d in devices], "native kernels": kernels}, []
 
 
 def _text(value: Any) -> str:

@@ -15,6 +15,7 @@ from jax import export
 
 from effc.errors import EffcError
 from effc.runtime.cache import Cache, Rows, cache_shapes
+from effc.runtime.kernels.matmul import native
 from effc.runtime.program import Program
 from effc.runtime.qarray import QArray
 
@@ -40,17 +41,28 @@ def export_programs(
     if importlib.util.find_spec("flatbuffers") is None:
         raise EffcError("export: jax.export writes through the flatbuffers package, want it installed")
     _register()
+    extend = _portable(program.extend)
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    cache = _grown(cache_shapes(program.extend, weights, batch), capacity)
+    cache = _grown(cache_shapes(extend, weights, batch), capacity)
     count = jax.ShapeDtypeStruct((batch,), jnp.int32)
     tokens = jax.ShapeDtypeStruct((batch, prompt), jnp.int32)
     folder.mkdir(parents=True, exist_ok=True)
     programs = [
-        _export(folder, "prefill", program.extend, (weights, tokens, cache, count)),
-        _export(folder, "decode", program.extend, (weights, jax.ShapeDtypeStruct((batch, 1), jnp.int32), cache)),
+        _export(folder, "prefill", extend, (weights, tokens, cache, count)),
+        _export(folder, "decode", extend, (weights, jax.ShapeDtypeStruct((batch, 1), jnp.int32), cache)),
     ]
     (folder / "README.md").write_text(_readme(programs, batch, prompt, capacity))
     return programs
+
+
+def _portable(extend: Callable[..., Any]) -> Callable[..., Any]:
+    """The same without native kernels, which the machine that runs the program may lack."""
+
+    def call(*arguments: Any) -> Any:
+        with native.portable():
+            return extend(*arguments)
+
+    return call
 
 
 def load_exported(file: Path) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
-"""Products with quantized matrices, for XLA on CPUs.
+"""Products with quantized matrices: for a few rows on CPUs a native kernel, else XLA.
 
 XLA writes a dequantized matrix out whole, some ten times slower than it reads the same matrix in f32.
-For a few rows these take one block of codes at a time, small enough to stay in cache (measured,
+For a few rows it is made to take one block of codes at a time, small enough to stay in cache (measured,
 one to sixteen rows: about the speed of f32 weights). For many rows the whole matrix is worth it.
 """
 
@@ -13,16 +13,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effc.runtime.kernels.matmul import native
 from effc.runtime.qarray import QArray
 
 FEW = 32
-"""Rows up to which the matrix is taken in blocks."""
+"""Rows up to which XLA takes the matrix in blocks."""
 
 _WIDEST, _OUTPUTS = 128, 256
 
 
 def matmul(x: jax.Array, w: QArray, layout: str) -> jax.Array:
     """f32 [R,N] from x f32[R,K] and w[K,N] (layout nk: w[N,K])."""
+    if native.fits(x, w, layout) and native.available():
+        return native.matmul(x, w, layout)
+    return by_xla(x, w, layout)
+
+
+def by_xla(x: jax.Array, w: QArray, layout: str) -> jax.Array:
+    """The same of XLA's own ops, on any machine."""
     few = x.shape[0] <= FEW
     if layout == "kn" and few and w.axis == -2 and _block(w):
         return _by_groups(x, w, _block(w))
@@ -90,9 +98,7 @@ def _columns(w: QArray) -> list[tuple[jax.Array, jax.Array | None]]:
     return [(half(w.scales, i), None if w.zeros is None else half(w.zeros, i)) for i in (0, 1)]
 
 
-def _scaled(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None, at: jax.Array
-) -> jax.Array:
+def _scaled(x: jax.Array, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None, at: jax.Array) -> jax.Array:
     """(x @ (codes - zero)) * scale for rows of one group."""
     y = lax.dot_general(x, codes, (((1,), (0,)), ((), ())))
     if zeros is not None:
