@@ -79,6 +79,11 @@ class _Lifter:
 
     def _numbers(self, b: int, t: int) -> dict[str, bool]:
         """For every value that parameters do not decide: whether it counts tokens."""
+        found = jax.jit(lambda: self._candidates(b, t))()
+        return {name: self._counts(name, np.asarray(x), t) for name, x in found.items()}
+
+    def _candidates(self, b: int, t: int) -> dict[str, jax.Array]:
+        """Values of one number a position."""
         values: dict[str, jax.Array] = {}
         context = Context({"b": b, "t": t}, jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t)))
         for op in self.ops:
@@ -87,7 +92,9 @@ class _Lifter:
                 continue
             out = apply(op, [values[i] for i in op.inputs], constants, context)  # type: ignore[arg-type]
             values.update(zip((v.name for v in op.outputs), out, strict=True))
-        return {name: self._counts(name, np.asarray(x), t) for name, x in values.items()}
+        return {
+            name: x for name, x in values.items() if [s for s in self.graph.type(name).shape if s not in (1, B)] == [T]
+        }
 
     def _array(self, param: str) -> jax.Array | None:
         constant = self.graph.constants.get(self.graph.params[param].path)

@@ -61,7 +61,9 @@ def shape_of(type: Type, sizes: Sizes) -> tuple[int, ...]:
     return tuple(evaluate(size, sizes) for size in type.shape)
 
 
-def apply(op: Op, operands: Sequence[Array], weights: Mapping[str, Weight], context: Context) -> Sequence[Array]:
+def apply(
+    op: Op, operands: Sequence[Array], weights: Mapping[str, Weight], context: Context
+) -> Sequence[Array]:
     """Results of one op (not `repeat`)."""
     attrs = {key: concrete(value, context.sizes) for key, value in op.attrs.items()}
     if op.kind.startswith("lax."):
@@ -100,7 +102,9 @@ def _const(op: Op, operands: Any, weights: Any, attrs: dict[str, Any], context: 
     return [jnp.full(shape_of(op.out.type, context.sizes), attrs["value"], dtype)]
 
 
-def _param(op: Op, operands: Any, weights: Mapping[str, Weight], attrs: Any, context: Context) -> Sequence[Array]:
+def _param(
+    op: Op, operands: Any, weights: Mapping[str, Weight], attrs: Any, context: Context
+) -> Sequence[Array]:
     value = weights["value"]
     return [value.dequantize() if isinstance(value, QArray) else value]
 
@@ -138,7 +142,9 @@ def _kept(op: Op, new: tuple[Array, ...], context: Context) -> tuple[Array, ...]
     if key not in context.cache:
         context.cache[key] = tuple(_poisoned((b, context.capacity, *x.shape[2:]), x.dtype) for x in new)
     rows = jnp.arange(b)[:, None]
-    kept = tuple(old.at[rows, context.positions].set(x) for old, x in zip(context.cache[key], new, strict=True))
+    kept = tuple(
+        old.at[rows, context.positions].set(x) for old, x in zip(context.cache[key], new, strict=True)
+    )
     context.cache[key] = kept
     return kept
 
@@ -293,9 +299,11 @@ def _step(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence[_
         return
     held = {name: weight(store[name], 0) for name in params_of([op])}
     weights = {role: held[name] for role, name in op.params.items()}
+    run_op = _looking_back if op.regions or op.kind == "attention" else _by_itself(op)
     for state in states:
         state.context.weights = held
-        _apply_in(op, weights, state)
+        results = run_op(op, [state.values[name] for name in op.inputs], weights, state.context)
+        state.values.update(zip((value.name for value in op.outputs), results, strict=True))
         state.context.weights = {}
 
 
@@ -305,9 +313,23 @@ def params_of(ops: Sequence[Op]) -> list[str]:
     return list(dict.fromkeys([*(p for op in ops for p in op.params.values()), *inner]))
 
 
-def _apply_in(op: Op, weights: Mapping[str, Weight], state: _State) -> None:
-    results = apply(op, [state.values[name] for name in op.inputs], weights, state.context)
-    state.values.update(zip((value.name for value in op.outputs), results, strict=True))
+_looking_back = apply
+
+
+def _by_itself(op: Op) -> Callable[..., Sequence[Array]]:
+    """An op that keeps nothing, compiled: op by op inside it would be many programs."""
+
+    def call(sizes: tuple[tuple[str, int], ...], positions: Array, operands: Any, weights: Any) -> Any:
+        return list(apply(op, operands, weights, Context(dict(sizes), positions)))
+
+    jitted = jax.jit(call, static_argnums=0)
+
+    def step(
+        op: Op, operands: Sequence[Array], weights: Mapping[str, Weight], context: Context
+    ) -> Sequence[Array]:
+        return jitted(tuple(sorted(context.sizes.items())), context.positions, list(operands), dict(weights))
+
+    return step
 
 
 def _repeat(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence[_State]) -> None:
@@ -340,7 +362,12 @@ def _compiled(block: Func) -> Callable[..., list[Array]]:
     """The block as a compiled function, one program a shape of chunk, the cache passed in and out."""
 
     def call(
-        sizes: tuple[tuple[str, int], ...], capacity: int, positions: Array, cache: Any, weights: Any, operands: Any
+        sizes: tuple[tuple[str, int], ...],
+        capacity: int,
+        positions: Array,
+        cache: Any,
+        weights: Any,
+        operands: Any,
     ) -> Any:
         context = Context(dict(sizes), positions, cache, capacity)
         return evaluate_func(block, operands, weights, context), context.cache
@@ -388,7 +415,9 @@ def _rows_of(x: Array, start: int, step: int, count: int) -> Array:
 
 
 def _tail_call(tail: Sequence[Op], results: Sequence[str]) -> Callable[..., Array]:
-    def call(sizes: tuple[tuple[str, int], ...], values: dict[str, Array], weights: Mapping[str, Weight]) -> Array:
+    def call(
+        sizes: tuple[tuple[str, int], ...], values: dict[str, Array], weights: Mapping[str, Weight]
+    ) -> Array:
         context = Context(dict(sizes), jnp.zeros((1, 1), jnp.int32))
         values = dict(values)
         for op in tail:
@@ -400,4 +429,15 @@ def _tail_call(tail: Sequence[Op], results: Sequence[str]) -> Callable[..., Arra
     return call
 
 
-__all__ = ["NUMPY", "Context", "Piece", "apply", "concrete", "evaluate_func", "param_uses", "run", "run_chunks", "weight"]
+__all__ = [
+    "NUMPY",
+    "Context",
+    "Piece",
+    "apply",
+    "concrete",
+    "evaluate_func",
+    "param_uses",
+    "run",
+    "run_chunks",
+    "weight",
+]

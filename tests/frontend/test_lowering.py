@@ -36,7 +36,7 @@ def kinds(low: Lowered) -> list[str]:
 def test_logits_and_decoding_are_the_models(name: str) -> None:
     source, low = lowered(name)
     lines = check(low, source)
-    assert len(lines) == 3
+    assert len(lines) == 2
     assert lines[-1].startswith("decoding")
 
 
