@@ -138,9 +138,7 @@ class Pass(ABC):
     def options(cls) -> list[Option]:
         """Its fields: name, type, default and meaning."""
         hints = typing.get_type_hints(cls)
-        return [
-            Option(f.name, _kind(hints[f.name]), _default(f), f.metadata.get("doc", "")) for f in fields(cls)
-        ]
+        return [Option(f.name, _kind(hints[f.name]), _default(f), f.metadata.get("doc", "")) for f in fields(cls)]
 
     @classmethod
     def build(cls, given: Mapping[str, str]) -> Self:
@@ -149,9 +147,7 @@ class Pass(ABC):
         known = [f.name for f in fields(cls)]
         for name in given:
             if name not in known:
-                raise EffcError(
-                    f"{cls.name}: no option '{name}', want {_listed(known)}{nearest(name, known)}"
-                )
+                raise EffcError(f"{cls.name}: no option '{name}', want {_listed(known)}{nearest(name, known)}")
         return cls(**{name: _read(cls.name, name, text, hints[name]) for name, text in given.items()})
 
 

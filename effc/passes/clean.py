@@ -189,8 +189,6 @@ def _tell(before: Module, after: Module, notes: Notes) -> None:
         notes.chose(f"{ops[0] - ops[1]} of {ops[0]} ops dropped, folded or merged")
     gone = [n for n in before.params if n not in after.params]
     if gone:
-        notes.chose(
-            f"{len(gone)} unused parameters dropped: {', '.join(gone[:5])}{' ...' if len(gone) > 5 else ''}"
-        )
+        notes.chose(f"{len(gone)} unused parameters dropped: {', '.join(gone[:5])}{' ...' if len(gone) > 5 else ''}")
     if before == after:
         notes.skip("module", "nothing to fold, merge or drop")

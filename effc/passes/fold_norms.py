@@ -53,9 +53,7 @@ def _readers(func: Func, norm: Op) -> tuple[tuple[Op, ...], str]:
     name = norm.out.name
     if name in func.results:
         return (), "the norm is a result"
-    readers = tuple(
-        op for op in walk(func) if name in op.inputs or any(name in r.results for r in op.regions.values())
-    )
+    readers = tuple(op for op in walk(func) if name in op.inputs or any(name in r.results for r in op.regions.values()))
     odd = next((op.kind for op in readers if op.kind != "linear"), "" if readers else "nothing")
     return readers, f"the norm is read by '{odd}', not by linears alone" if odd else ""
 

@@ -36,9 +36,7 @@ def run(module: Module, notes: Notes) -> Module:
     for join in joins:
         module = module.with_func(_joined(module.funcs[join.func], join))
         module = module.with_params(join.w, *([join.bias] if join.bias else []))
-        notes.chose(
-            f"{join.w.name}: {len(join.ops)} linears that read %{join.ops[0].inputs[0]} of @{join.func}"
-        )
+        notes.chose(f"{join.w.name}: {len(join.ops)} linears that read %{join.ops[0].inputs[0]} of @{join.func}")
     gone = {name for join in joins for op in join.ops for name in op.params.values()}
     return replace(module, params={n: p for n, p in module.params.items() if n not in gone})
 

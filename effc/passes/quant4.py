@@ -35,9 +35,7 @@ class Quant4(Pass):
         check_group(self.name, self.group)
 
     def run(self, module: Module, notes: Notes) -> Module:
-        rules = Rules(
-            self.name, 4, self.group, self.sym, self.scale, self.embed, self.head, self.only, self.skip
-        )
+        rules = Rules(self.name, 4, self.group, self.sym, self.scale, self.embed, self.head, self.only, self.skip)
         return recoded(module, plan(module, rules, notes))
 
     def made(self, before: Module, after: Module, store: Store) -> list[Lazy]:

@@ -67,9 +67,7 @@ def check_writes(made_by: Pass, before: Module, after: Module) -> None:
     wrong = touched(before, after) - made_by.writes
     if wrong and "*" not in made_by.writes:
         allowed = ", ".join(sorted(made_by.writes)) or "no op"
-        raise PassError(
-            f"{made_by.name}: changed {', '.join(sorted(wrong))}, want {allowed} at most (see `writes`)"
-        )
+        raise PassError(f"{made_by.name}: changed {', '.join(sorted(wrong))}, want {allowed} at most (see `writes`)")
 
 
 def dumper(folder: Path) -> Watch:

@@ -64,18 +64,14 @@ def plan(module: Module, rules: Rules, notes: Notes) -> dict[str, Quant]:
 
 def recoded(module: Module, quants: Mapping[str, Quant]) -> Module:
     """The module with these parameters coded."""
-    changed = [
-        replace(module.params[n], type=Type(q, module.params[n].type.shape)) for n, q in quants.items()
-    ]
+    changed = [replace(module.params[n], type=Type(q, module.params[n].type.shape)) for n, q in quants.items()]
     return module.with_params(*changed)
 
 
 def coded(before: Module, after: Module, store: Store, method: Method) -> list[Lazy]:
     """Lazily quantized arrays for every parameter whose dtype became a coded one."""
     changed = [
-        p
-        for n, p in after.params.items()
-        if isinstance(p.type.dtype, Quant) and p.type != before.params[n].type
+        p for n, p in after.params.items() if isinstance(p.type.dtype, Quant) and p.type != before.params[n].type
     ]
     return [Lazy(param, _reader(store[param.name], param, method)) for param in changed]
 
@@ -83,9 +79,7 @@ def coded(before: Module, after: Module, store: Store, method: Method) -> list[L
 def shrinks(name: str, before: Module, after: Module) -> None:
     """Raise PassError where coding did not save bytes."""
     if before != after and nbytes(after) >= nbytes(before):
-        raise PassError(
-            f"{name}: {nbytes(after)} bytes of weights after, {nbytes(before)} before: nothing was saved"
-        )
+        raise PassError(f"{name}: {nbytes(after)} bytes of weights after, {nbytes(before)} before: nothing was saved")
 
 
 def head_params(module: Module) -> frozenset[str]:
@@ -111,9 +105,7 @@ def matching(patterns: str, names: Sequence[str], where: str) -> set[str]:
     for pattern in filter(None, patterns.split("|")):
         hits = fnmatch.filter(names, pattern)
         if not hits:
-            raise PassError(
-                f"{where}: '{pattern}' matches none of {len(names)} names{nearest(pattern, names)}"
-            )
+            raise PassError(f"{where}: '{pattern}' matches none of {len(names)} names{nearest(pattern, names)}")
         out.update(hits)
     return out
 

@@ -107,9 +107,7 @@ KINDS = ["lax.add", "lax.sub", "lax.mul", "lax.div", "lax.max", "lax.min"]
 def test_folding_is_what_the_machine_computes(kind: str, a: float, b: float) -> None:
     scalar = Type("f32", ())
     value = folded(Op(kind, ("a", "b"), (Value("c", scalar),)), [a, b], [scalar, scalar])
-    text = (
-        f"%a: f32[] = const() {{value={a!r}}} %b: f32[] = const() {{value={b!r}}} %c: f32[] = {kind}(%a, %b)"
-    )
+    text = f"%a: f32[] = const() {{value={a!r}}} %b: f32[] = const() {{value={b!r}}} %c: f32[] = {kind}(%a, %b)"
     machine = np.float32(_computed(f"func @c() {{ {text} return %c }}"))
     assert np.array_equal(np.float32(value), machine, equal_nan=True) or _denormal(machine)  # type: ignore[arg-type]
 

@@ -15,9 +15,7 @@ from effc.weights import nbytes, parts
 
 
 def types(module: Module) -> dict[str, str]:
-    return {
-        name: str(param.type.dtype) for name, param in module.params.items() if len(param.type.shape) == 2
-    }
+    return {name: str(param.type.dtype) for name, param in module.params.items() if len(param.type.shape) == 2}
 
 
 def test_defaults_are_careful_with_the_tied_head(tiny) -> None:
@@ -123,9 +121,7 @@ def test_routers_are_left_alone() -> None:
 @pytest.mark.parametrize("passes", ["quant4", "quant4{sym=false,scale=bf16}", "quant8", "quant8{group=16}"])
 def test_bytes_are_those_of_the_types(passes: str, tiny, random_store, apply) -> None:
     after, store, _ = apply(tiny, random_store(tiny), passes)
-    made = sum(
-        a.nbytes for n, p in after.params.items() for i in range(p.count) for a in store[n].read(i).values()
-    )
+    made = sum(a.nbytes for n, p in after.params.items() for i in range(p.count) for a in store[n].read(i).values())
     assert made == nbytes(after) == sum(p.count * p.type.nbytes() for p in after.params.values())
     for name, param in after.params.items():
         arrays = store[name].read(0)
@@ -149,9 +145,7 @@ def test_layers_of_a_stack_are_coded_each_by_itself(tiny, random_store, apply) -
         again = Quant4().made(tiny, runner.step(Quant4(), tiny).after, before)
         lazy = next(lazy for lazy in again if lazy.param.name == "layers.attn.q")
         assert all((lazy.read(i)[k] == arrays[k]).all() for k in arrays)
-    assert not np.array_equal(
-        after["layers.attn.q"].read(0)["codes"], after["layers.attn.q"].read(1)["codes"]
-    )
+    assert not np.array_equal(after["layers.attn.q"].read(0)["codes"], after["layers.attn.q"].read(1)["codes"])
 
 
 @pytest.mark.parametrize(("passes", "limit"), [("quant8", 0.05), ("quant4{group=16}", 0.35)])
@@ -166,9 +160,7 @@ def test_nan_weights_are_named(tiny, random_store, apply) -> None:
     store = random_store(tiny)
     broken = dict(store.entries)
     lazy = broken["layers.attn.q"]
-    broken["layers.attn.q"] = type(lazy)(
-        lazy.param, lambda i: {"": np.where(np.eye(64), np.nan, 1).astype("f4")}
-    )
+    broken["layers.attn.q"] = type(lazy)(lazy.param, lambda i: {"": np.where(np.eye(64), np.nan, 1).astype("f4")})
     _, after, _ = apply(tiny, type(store)(broken), "quant4")
     with pytest.raises(EffcError, match=r"layers.attn.q\[1\]: .*NaN"):
         after["layers.attn.q"].read(1)

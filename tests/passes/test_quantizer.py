@@ -63,11 +63,7 @@ def test_what_codes_stand_for_has_the_same_codes_at_the_same_scale(x: np.ndarray
     quant = Quant(bits, 0)
     coded = quantize(x, quant, "absmax", "w")
     back, scale = restored(x, quant, "absmax")
-    again = (
-        pack(nearest_codes(back, scale, quant).astype(np.int8))
-        if bits <= 4
-        else nearest_codes(back, scale, quant)
-    )
+    again = pack(nearest_codes(back, scale, quant).astype(np.int8)) if bits <= 4 else nearest_codes(back, scale, quant)
     assert (again == coded["codes"]).all()
 
 
@@ -84,9 +80,7 @@ def test_the_whole_range_of_codes_is_used(bits: int) -> None:
 def test_half_precision_scales_are_those_the_codes_were_made_with() -> None:
     x = np.random.default_rng(0).standard_normal((64, 48)).astype(np.float32)
     back, scale = restored(x, Quant(4, 16, True, "f16"), "absmax")
-    limit = np.abs(scale) * (
-        0.5 + 7.5 * 2**-11
-    )  # half a step, and what rounding the scale takes off the last code
+    limit = np.abs(scale) * (0.5 + 7.5 * 2**-11)  # half a step, and what rounding the scale takes off the last code
     assert (np.abs(back - x) <= limit).all()
 
 
