@@ -77,7 +77,8 @@ void AnyColumns(const Job& job, int64_t k0, int64_t k1, int64_t g, int64_t n, in
   float zero[kUnit] = {}, zero_high[kUnit] = {};
   if (job.zeros) {
     for (int64_t j = 0; j < count; ++j) {
-      (job.packed && j % 2 ? zero_high : zero)[j / step] = job.zeros[g * job.outer + n + j];
+      float* to = job.packed && j % 2 ? zero_high : zero;
+      to[j / step] = job.zeros[g * job.outer + n + j];
     }
   }
   for (int64_t r = 0; r < job.rows; ++r) {
@@ -98,8 +99,8 @@ void AnyColumns(const Job& job, int64_t k0, int64_t k1, int64_t g, int64_t n, in
     }
     float* y = job.y + r * job.outer + n;
     for (int64_t j = 0; j < count; ++j) {
-      const float sum = (job.packed && j % 2 ? high : sums)[j / step];
-      y[j] += sum * job.scales[g * job.outer + n + j];
+      const float* from = job.packed && j % 2 ? high : sums;
+      y[j] += from[j / step] * job.scales[g * job.outer + n + j];
     }
   }
 }
