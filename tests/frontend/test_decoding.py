@@ -46,7 +46,7 @@ def elsewhere_linen() -> Source:
 
     def forward(params: Any, tokens: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        return model.module.apply({"params": params}, tokens, jnp.ones_like(tokens), positions).logits
+        return model.module.apply({"params": params}, tokens, jnp.ones_like(tokens), positions).logits  # pyright: ignore
 
     return effc.load(forward, moved(model.params), name="llama", context=64)
 
