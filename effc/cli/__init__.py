@@ -8,6 +8,7 @@ from importlib import metadata
 
 from effc.cli import check, generate, look, measure, optimize
 from effc.cli.arguments import Parser, known_options
+from effc.cli.process import prepare
 from effc.errors import EffcError
 
 INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
@@ -15,6 +16,8 @@ INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 for what the user can mend (one line on stderr), 130 when interrupted."""
+    if argv is None:
+        prepare()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(words)
