@@ -91,13 +91,6 @@ def _logits(module: Module, store: Mapping[str, Reads], groups: Sequence[Group])
     return [np.concatenate(parts, axis=1) for parts in found]
 
 
-def check_decoding(module: Module, store: Mapping[str, Reads], tokens: Array) -> str:
-    """Decoding in several chunkings equals the full forward, and later tokens never move earlier logits."""
-    decoded = _Decoding(module, tokens)
-    whole, *rest = _logits(module, store, [Group([tokens]), *decoded.groups()])
-    return decoded.compared(whole, rest)
-
-
 class _Decoding:
     """What decoding `tokens` must agree on: with the later half changed, and in chunks of one and of many."""
 

@@ -297,11 +297,6 @@ LAX |= {
 """Every `lax.NAME` op of the IR by NAME."""
 
 
-def const(*, value: bool | int | float, dtype: str, shape: Ints = ()) -> Array:
-    """A literal, filled to `shape`."""
-    return jnp.full(tuple(shape), value, dtype_of(dtype))
-
-
 def scan(
     body: Callable[..., tuple[Array, ...]],
     *operands: Array,

@@ -79,7 +79,7 @@ def build_source(
         "format": kind,
         "module": module,
         "stored": kinds_of(tensors),
-        "file": str(where),
+        "file": where.resolve().name,
         "dtype": dtype.name,
         "vocab": vocab_of(forward, spec, module),
     }

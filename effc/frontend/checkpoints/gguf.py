@@ -138,7 +138,7 @@ def open_gguf(file: Path, dtype: np.dtype) -> Source:
             "format": "gguf",
             "family": ARCHITECTURES[arch],
             "stored": kinds_of(tensors),
-            "file": str(file),
+            "file": file.name,
             "dtype": dtype.name,
             "vocab": module.config.vocab,
         },

@@ -54,7 +54,7 @@ def source_of(folder: Path, tensors: Tensors, kind: str, dtype: np.dtype) -> Sou
             "format": kind,
             "family": model_type,
             "stored": kinds_of(tensors),
-            "file": str(folder),
+            "file": folder.resolve().name,
             "dtype": dtype.name,
             "vocab": module.config.vocab,
         },

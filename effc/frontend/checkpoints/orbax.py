@@ -66,10 +66,6 @@ class OrbaxTensors:
         return self.reader.restore(self.folder, args=request)
 
 
-def is_orbax(folder: Path) -> bool:
-    return any((folder / mark).exists() for mark in MARKS)
-
-
 def find_orbax(folder: Path) -> Path | None:
     """The folder itself, or its newest numbered step, or the item in it that holds parameters."""
     if (folder / "_METADATA").exists() or (folder / "manifest.ocdbt").exists():
