@@ -89,6 +89,13 @@ def test_positions_limit_the_context() -> None:
     assert lower(effc.load(model, params, context=4000)).module.meta["context"] == 40
 
 
+def test_long_contexts_do_not_drown_linear_biases() -> None:
+    model, params = zoo.MODELS["alibi"]()
+    low = lower(effc.load(model, params))  # no context named: the default is long
+    assert low.notes == []
+    assert "attention" in kinds(low)
+
+
 def test_a_model_that_sees_later_tokens_is_refused() -> None:
     source = effc.load(*zoo.initialised(zoo.Encoder()), name="encoder", context=40)
     with pytest.raises(EffcError, match="not causal"):

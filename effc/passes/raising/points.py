@@ -63,7 +63,7 @@ class Points:
 
     def form(self, z: str, scores: str, where: Where, context: int) -> Form:
         """Scale, cap, window and bias of the path from `scores` to the softmax's input `z`."""
-        text = signature(self.graph, [z], [scores]) + f"@{context}"
+        text = signature(self.graph, [z], [scores]) + f"@{context} {where}"
         if text not in self.known:
             self.known[text] = _Mask(self.graph, z, scores, where, context).form()
         return self.known[text]
@@ -80,6 +80,7 @@ class _Mask:
         self.head_axes = (axes.batch, *axes.heads)
         self.head_shape = tuple(evaluate(axes.sizes[a], self.sizes) for a in self.head_axes)
         self.heads = int(np.prod(self.head_shape))
+        self.limit = HIDDEN  # what hides a key in this mask
         if where.layout[-1] != (axes.key,):
             raise Unseen("keys are not the axis that the softmax sums over")
 
@@ -104,9 +105,11 @@ class _Mask:
         i, j = np.arange(n)[None, :, None], np.arange(n)[None, None, :]
         z = self._at(0.0, np.arange(self.heads)[:, None, None], i, j)
         later = np.broadcast_to(j > i, z.shape)
-        if later.any() and z[later].max() > HIDDEN:
+        if z[later].max() > HIDDEN:
             raise Unseen("not causal: a query sees later keys")
-        hidden = z <= (z[later].max() if later.any() else HIDDEN) * 0.999
+        # halfway to the mask's own number: linear biases of long contexts pass any fixed one
+        self.limit = max(float(z[later].max()) / 2, -1e30)
+        hidden = z <= self.limit
         if (hidden != hidden[:1]).any():
             raise Unseen("heads see different keys")
         return ~hidden[0], np.where(hidden, 0, z)
@@ -124,7 +127,7 @@ class _Mask:
         )
         queries = np.array([i for i in some if i <= last])
         keys = np.arange(self.context)
-        seen = np.stack([self._at(0.0, 0, i, keys) > HIDDEN for i in queries])
+        seen = np.stack([self._at(0.0, 0, i, keys) > self.limit for i in queries])
         if (seen & (keys[None] > queries[:, None])).any():
             raise Unseen("not causal: a query sees later keys")
         width = int(seen[-1].sum())
@@ -136,7 +139,7 @@ class _Mask:
     def _response(self) -> tuple[float, float]:
         """Scale and soft cap: how z answers to the score."""
         grid = np.array([-300.0, -30, -3, -1, -1e-2, 1e-2, 1, 3, 30, 300], np.float32)
-        z = np.array([float(self._at(s, 0, 5, 2)) - float(self._at(0.0, 0, 5, 2)) for s in grid])
+        z = np.array([float(self._at(s, 0, 5, 5)) - float(self._at(0.0, 0, 5, 5)) for s in grid])
         other = np.array(
             [
                 float(self._at(s, self.heads - 1, 9, 9)) - float(self._at(0.0, self.heads - 1, 9, 9))
@@ -145,23 +148,23 @@ class _Mask:
         )
         if not np.allclose(z, other, rtol=1e-4, atol=1e-4):
             raise Unseen("the scale of the scores depends on the position or head")
-        scale = _short((z[6] - z[3]) / 2)
+        scale = self._literal_near(_short((z[6] - z[3]) / 2), 1e-5)
         if np.allclose(z, scale * grid, rtol=1e-4):
             return scale, 0.0
-        cap = _short((float(self._at(1e7, 0, 5, 2)) - float(self._at(-1e7, 0, 5, 2))) / 2)
+        cap = _short((float(self._at(1e7, 0, 5, 5)) - float(self._at(-1e7, 0, 5, 5))) / 2)
         slope = _short((z[5] - z[4]) / 2e-2)
         if np.allclose(z, cap * np.tanh(slope * grid / cap), rtol=1e-3, atol=1e-5):
-            return self._exact_slope(slope), cap
+            return self._literal_near(slope, 1e-3), cap
         raise Unseen("scores reach the softmax by a formula that is neither a scale nor a soft cap")
 
-    def _exact_slope(self, slope: float) -> float:
-        """The literal nearest to a measured slope, where there is one."""
+    def _literal_near(self, slope: float, within: float) -> float:
+        """The literal that a measured slope is, where there is one."""
         literals = [
             float(v) for op in region(self.graph, [self.z], [self.scores]) if op.kind == "const"
             for v in [op.attrs["value"]] if isinstance(v, float) and v
         ]  # fmt: skip
-        near = [v for v in [1.0, *literals, *(1 / v for v in literals)] if abs(v / slope - 1) < 1e-3]
-        return near[0] if near else slope
+        near = [v for v in [1.0, *literals, *(1 / v for v in literals)] if slope and abs(v / slope - 1) < within]
+        return _short(near[0]) if near else slope
 
     def _at(self, score: float, head: Any, i: Any, j: Any) -> np.ndarray:
         """z where the score is `score`."""
