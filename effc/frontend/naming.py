@@ -9,7 +9,7 @@ from dataclasses import replace
 from effc.ir.core import Func, Module, Op, Ref
 
 SHORT = {
-    "attention": "attn", "lax.reshape": "r", "lax.transpose": "tr", "lax.add": "sum", "lax.mul": "prod", "repeat": "x",
+    "attention": "attn", "lax.transpose": "tr", "lax.add": "sum", "lax.mul": "prod", "repeat": "x",
     "embed": "x", "positions": "pos", "const": "c", "lax.convert_element_type": "cast", "param": "p", "window": "w",
 }  # fmt: skip
 _DULL = {"kernel", "embedding", "scale", "weight", "w", "bias", "table", "value"}
@@ -42,7 +42,7 @@ def _renamed(func: Func, asked: Sequence[str]) -> Func:
             names[value.name] = _free("c", taken)
     for op in func.ops:
         for k, value in enumerate(op.outputs):
-            names[value.name] = _free(_hint(op, k), taken)
+            names[value.name] = _free(_hint(op, k, [names[i] for i in op.inputs[:1]]), taken)
     if len(func.results) == 1 and not func.block and func.results[0] in names:
         names[func.results[0]] = "logits" if "logits" not in taken else names[func.results[0]]
     ops = tuple(_with_names(op, names) for op in func.ops)
@@ -55,15 +55,29 @@ def _with_names(op: Op, names: dict[str, str]) -> Op:
     return replace(op, inputs=tuple(names[i] for i in op.inputs), outputs=outputs)
 
 
-def _hint(op: Op, k: int) -> str:
+def _hint(op: Op, k: int, operand: Sequence[str]) -> str:
+    """operand: the name of the first operand, if there is one."""
     if op.kind == "rope_table":
         return ("cos", "sin")[k]
+    if operand and op.kind in CHANGED:
+        return _changed(op, operand[0])
     weight = op.params.get("w") or op.params.get("scale")
     if op.kind in {"linear", "norm"} and weight:
         parts = [re.sub(r"\W", "_", p) for p in weight.split(".") if p not in _DULL and not p.isdigit()]
         if parts:
             return re.sub(r"^(\d)", r"n\1", parts[-1].lower())
     return SHORT.get(op.kind, re.sub(r"^lax\.", "", op.kind))
+
+
+CHANGED = {"lax.reshape", "rope"}
+
+
+def _changed(op: Op, operand: str) -> str:
+    """q -> q_heads -> q_rope: the same thing in another form."""
+    stem = re.sub(r"_(heads|flat|rope)\d*$", "", operand)
+    if op.kind == "rope":
+        return f"{stem}_rope"
+    return f"{stem}_heads" if len(op.out.type.shape) > 3 else f"{stem}_flat"
 
 
 def _free(hint: str, taken: set[str]) -> str:
