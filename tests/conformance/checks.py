@@ -37,9 +37,10 @@ EXACT = 1e-4
 FACTOR = 2.0
 """With 8-bit weights, logits may be so many times as far as weights with random errors of half a step put them."""
 
-LEFT = frozenset(
-    "window lax.dot_general lax.rsqrt lax.gather lax.exp lax.dynamic_slice lax.conv_general_dilated lax.cumsum".split()
-)
+LEFT = frozenset({
+    "window", "lax.dot_general", "lax.rsqrt", "lax.gather", "lax.exp", "lax.dynamic_slice",
+    "lax.conv_general_dilated", "lax.cumsum",
+})  # fmt: skip
 """What is there where an attention, a norm, a linear or an embedding was not raised."""
 
 
@@ -142,6 +143,7 @@ def quant8(case: Case) -> str:
     are no farther than random errors of the size that the codes allow, half a step, would put them."""
     module, store = quantized(case)
     weights = {op.params["w"] for func in module.funcs.values() for op in walk(func) if op.kind == "linear"}
+    assert weights, "no linears"
     plain = {name for name in weights if not isinstance(module.params[name].type.dtype, Quant)}
     plain = {name for name in plain if not (case.model.kept and fnmatch.fnmatch(name, case.model.kept))}
     assert not plain, f"not coded: {', '.join(sorted(plain))}"
@@ -164,18 +166,24 @@ def quantized(case: Case) -> tuple[Module, Any]:
 
 def decoded(params: Any) -> Any:
     """Arrays in place of codes."""
-    return {name: x.dequantize() if isinstance(x, QArray) else x for name, x in params.items()}
+    return jax.tree.map(lambda x: x.dequantize() if isinstance(x, QArray) else x, params, is_leaf=is_coded)
 
 
 def near(exact: Any, coded: Any, rng: np.random.Generator) -> Any:
     """The exact arrays, those that are coded moved at random within half a step, as rounding moves them."""
-    out = dict(exact)
-    for name, x in coded.items():
-        if isinstance(x, QArray):
-            step = np.asarray(replace(x, codes=jnp.ones_like(x.codes)).dequantize())
-            assert (np.abs(exact[name] - x.dequantize()) <= 0.5001 * step).all(), f"{name}: off by over half a step"
-            out[name] = exact[name] + rng.uniform(-0.5, 0.5, step.shape).astype(np.float32) * step
-    return out
+
+    def move(x: Any, was: jax.Array) -> jax.Array:
+        if not isinstance(x, QArray):
+            return was
+        step = np.asarray(replace(x, codes=jnp.ones_like(x.codes)).dequantize())
+        assert (np.abs(was - x.dequantize()) <= 0.5001 * step).all(), "a weight is off by over half a step"
+        return was + rng.uniform(-0.5, 0.5, step.shape).astype(np.float32) * step
+
+    return jax.tree.map(move, coded, exact, is_leaf=is_coded)
+
+
+def is_coded(x: Any) -> bool:
+    return isinstance(x, QArray)
 
 
 def differ(made: Any, wanted: Any) -> float:
