@@ -270,7 +270,8 @@ class Body:
         """A local function; inputs past those that its op gives are values of this one."""
         given = 3 if op.kind == "attention" else len(region.inputs)
         own = [self.names.new(value.name) for value in region.inputs[:given]]
-        for value, bound in zip(region.inputs[given:], op.inputs[3:], strict=True):
+        bound_here = op.inputs[3:] if op.kind == "attention" else ()
+        for value, bound in zip(region.inputs[given:], bound_here, strict=True):
             self.names.alias(value.name, code(self.value(bound)))
         outer = self.types, self.scope, self.results
         self.types, self.scope, self.results = {**self.types, **region.types()}, region.ops, region.results

@@ -13,6 +13,7 @@ from effc.frontend.encode import IDENTITY, INLINED, RENAMED, dtype_name, encode,
 from effc.frontend.graph import Graph
 from effc.frontend.trace import B, T, Traced, formula
 from effc.ir.core import Attr, Loc, Param
+from effc.ir.rewrite import rename
 from effc.ir.types import Size, Type
 
 SMALL = 1
@@ -186,17 +187,18 @@ class _Importer:
         if inner.graph.params:
             raise EffcError(f"{loc}: the body of a scan over tokens captures arrays, want them as operands")
         attrs = {
-            "consts": int(p.params["num_consts"]), "carry": int(p.params["num_carry"]),
+            "consts": scan_counts(p)[0], "carry": scan_counts(p)[1],
             "length": self.size(p.params["length"], q.params["length"], str(loc)),
             "reverse": bool(p.params["reverse"]),
         }  # fmt: skip
         outs = [self.type_of(x.aval, y.aval, str(loc)) for x, y in zip(p.outvars, q.outvars, strict=True)]
-        return self.graph.add(
-            "lax.scan", operands, outs, attrs=attrs, regions={"body": inner.graph.func("body")}, loc=loc
-        )
+        plain = inner.graph.func("body")
+        mark = f"s{len(self.graph.ops)}"  # names of their own: a region may stand inside another
+        body = rename(plain, {name: f"{name}{mark}" for name in plain.types()})
+        return self.graph.add("lax.scan", operands, outs, attrs=attrs, regions={"body": body}, loc=loc)
 
     def _unrolled(self, p: Any, q: Any, operands: list[str], loc: Loc) -> list[str]:
-        consts, carried, length = (p.params[k] for k in ("num_consts", "num_carry", "length"))
+        (consts, carried), length = scan_counts(p), p.params["length"]
         fixed, state, xs = (
             operands[:consts],
             operands[consts : consts + carried],
@@ -259,6 +261,15 @@ def param_slice(graph: Graph, name: str, axis: int, i: int) -> str | None:
     new = replace(whole, name=f"{whole.name}[{':,' * axis}{i}]", type=Type(whole.type.dtype, shape), path=path)
     graph.params[new.name] = new
     return graph.add("param", (), new.type, params={"value": new.name})[0]
+
+
+def scan_counts(equation: Any) -> tuple[int, int]:
+    """How many constants and carries a scan has: what is scanned or collected has one axis more outside."""
+    body = equation.params["jaxpr"].jaxpr
+    scanned = sum(len(v.aval.shape) > len(b.aval.shape) for v, b in zip(equation.invars, body.invars, strict=True))
+    collected = sum(len(v.aval.shape) > len(b.aval.shape) for v, b in zip(equation.outvars, body.outvars, strict=True))
+    carry = len(equation.outvars) - collected
+    return len(equation.invars) - carry - scanned, carry
 
 
 def location(equation: Any) -> Loc:

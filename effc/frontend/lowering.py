@@ -18,6 +18,7 @@ from effc.frontend.simplify import simplify
 from effc.frontend.source import Source, Weights
 from effc.frontend.trace import Traced, trace
 from effc.ir.core import Decode, Func, Loc, Module, Op, Param, Ref, Value
+from effc.ir.rewrite import rename
 from effc.ir.tokens import Dep, dependence, keeps_tokens_apart
 from effc.ir.types import evaluate
 from effc.passes.raising.attention import raise_attentions
@@ -99,7 +100,7 @@ def _windowed(flat: Func) -> Func:
     """The whole forward as one region that is run again over all tokens for each new one."""
     (tokens,) = flat.inputs
     logits = Value("logits", flat.result_types()[0])
-    inner = replace(flat, name="body")
+    inner = replace(rename(flat, {tokens.name: f"all_{tokens.name}"}), name="body")
     op = Op("window", (tokens.name,), (logits,), attrs={"why": "not raised"}, regions={"body": inner}, loc=Loc())
     return Func("forward", flat.inputs, (op,), ("logits",))
 

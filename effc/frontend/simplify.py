@@ -151,6 +151,21 @@ def _slice(graph: Graph, op: Op) -> str | None:
     return op.inputs[0] if same else None
 
 
+def _dynamic_slice(graph: Graph, op: Op) -> str | None:
+    """A window that starts at literals is a plain slice."""
+    starts = [literal(graph, i) for i in op.inputs[1:]]
+    shape = graph.type(op.inputs[0]).shape
+    fixed = [s for s in starts if isinstance(s, int)]
+    inside = all(
+        s == 0 or (isinstance(size, int) and isinstance(whole, int) and 0 <= s <= whole - size)
+        for s, size, whole in zip(fixed, op.out.type.shape, shape, strict=False)
+    )
+    if len(fixed) != len(shape) or not inside:
+        return None
+    limit = tuple(size + s if s else size for s, size in zip(fixed, op.out.type.shape, strict=True))
+    return graph.one("lax.slice", [op.inputs[0]], op.out.type, op.loc, start=tuple(fixed), limit=limit)
+
+
 def _concatenate(graph: Graph, op: Op) -> str | None:
     return op.inputs[0] if len(op.inputs) == 1 else None
 
@@ -239,7 +254,8 @@ def _ints(attr: object) -> tuple[int, ...]:
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "lax.reshape": (_reshape,), "lax.broadcast_in_dim": (_broadcast,), "lax.transpose": (_transpose,),
-    "lax.slice": (_slice,), "lax.concatenate": (_concatenate,), "lax.convert_element_type": (_convert,),
+    "lax.slice": (_slice,), "lax.concatenate": (_concatenate,), "lax.dynamic_slice": (_dynamic_slice,),
+    "lax.convert_element_type": (_convert,),
     "lax.mul": (_neutral(1),), "lax.div": (_neutral(1, right_only=True),), "lax.add": (_neutral(0),),
     "lax.sub": (_neutral(0, right_only=True),), "lax.max": (_neutral(-math.inf),),
     "lax.min": (_neutral(math.inf),), "lax.select_n": (_wrap_negative,),

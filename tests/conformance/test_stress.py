@@ -156,15 +156,8 @@ def test_recomputes_the_window_and_says_so(mix: Mix, op: str) -> None:
     assert "every step recomputes the whole window: cost grows with the length" in said
 
 
-UNEMITTED: dict[Mix, str] = dict.fromkeys(
-    WINDOWS, "an emitted window reads its region's operand outside: NameError tokens_"
-) | {scan_over_tokens: "lax.scan in a window: the emitter takes its operands for those of an attention"}
-
-
 @pytest.mark.parametrize("mix", [flat_mlp, *WINDOWS], ids=lambda mix: mix.__name__)
-def test_emitted_program(mix: Mix, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if mix in UNEMITTED:
-        request.applymarker(pytest.mark.xfail(reason=UNEMITTED[mix], strict=True))
+def test_emitted_program(mix: Mix, tmp_path: Path) -> None:
     case = Case(Model("stress", lambda: program(mix), 1), tmp_path)
     tokens = jnp.asarray(case.tokens[:, :20] % VOCAB)
     assert differ(case.exactly(case.emitted[1], tokens), case.forward(case.params, tokens)) < EXACT
