@@ -186,8 +186,9 @@ class _Importer:
         inner.graph.results = inner.body(first, second, names)
         if inner.graph.params:
             raise EffcError(f"{loc}: the body of a scan over tokens captures arrays, want them as operands")
+        consts, carry = scan_counts(p)
         attrs = {
-            "consts": scan_counts(p)[0], "carry": scan_counts(p)[1],
+            "consts": consts, "carry": carry,
             "length": self.size(p.params["length"], q.params["length"], str(loc)),
             "reverse": bool(p.params["reverse"]),
         }  # fmt: skip

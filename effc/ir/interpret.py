@@ -43,7 +43,6 @@ class Context:
     positions: Array  # i32[b,t]
     cache: dict[str, tuple[Array, ...]] | None = None  # by op and run of its block; None: no earlier tokens
     capacity: int = 0
-    run: str = ""  # which run of a block this is
     weights: Mapping[str, Weight] = field(default_factory=dict[str, Weight])  # by name: what regions read
 
 
@@ -137,7 +136,7 @@ def _kept(op: Op, new: tuple[Array, ...], context: Context) -> tuple[Array, ...]
     """Rows of all tokens so far: these after those in the cache."""
     if context.cache is None:
         return new
-    key = f"{context.run}/{op.outputs[0].name}"
+    key = f"/{op.outputs[0].name}"  # a block's caller puts the number of the run before it
     b = new[0].shape[0]
     if key not in context.cache:
         context.cache[key] = tuple(_poisoned((b, context.capacity, *x.shape[2:]), x.dtype) for x in new)
@@ -299,7 +298,7 @@ def _step(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence[_
         return
     held = {name: weight(store[name], 0) for name in params_of([op])}
     weights = {role: held[name] for role, name in op.params.items()}
-    run_op = _looking_back if op.regions or op.kind == "attention" else _by_itself(op)
+    run_op = apply if op.regions or op.kind == "attention" else _by_itself(op)
     for state in states:
         state.context.weights = held
         results = run_op(op, [state.values[name] for name in op.inputs], weights, state.context)
@@ -311,9 +310,6 @@ def params_of(ops: Sequence[Op]) -> list[str]:
     """Parameters that ops read, regions included."""
     inner = [p for op in ops for region in op.regions.values() for p in params_of(region.ops)]
     return list(dict.fromkeys([*(p for op in ops for p in op.params.values()), *inner]))
-
-
-_looking_back = apply
 
 
 def _by_itself(op: Op) -> Callable[..., Sequence[Array]]:
