@@ -23,7 +23,7 @@ import numpy as np
 from effc.errors import EffcError
 from effc.frontend.tokenizer import Tokenizer
 from effc.ir.core import Module
-from effc.ir.interpret import Piece, run_chunks
+from effc.ir.stream import Piece, run_chunks
 from effc.ir.types import evaluate
 from effc.memory import give_back
 from effc.weights import Lazy, nbytes

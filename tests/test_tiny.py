@@ -14,7 +14,7 @@ import pytest
 import effc
 from effc.backend.to_python import emit, load_program
 from effc.generator import engine_of
-from effc.ir.interpret import run
+from effc.ir.stream import run
 from effc.runtime.generate import generate
 
 VOCAB, WIDTH, CONTEXT = 48, 32, 64

@@ -15,7 +15,7 @@ from effc.errors import EffcError
 from effc.frontend.lowering import Lowered
 from effc.frontend.source import Source, Weights
 from effc.ir.core import Module, walk
-from effc.ir.interpret import Group, Reads, run_groups
+from effc.ir.stream import Group, Reads, run_groups
 
 TOLERANCE = 1e-4
 """Largest difference of logits, as a part of their range, in f32."""

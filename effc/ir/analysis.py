@@ -50,9 +50,7 @@ def param_groups(module: Module) -> list[ParamGroup]:
 def param_kinds(module: Module) -> dict[str, str]:
     """For each parameter the kinds of ops that read it: `linear`, `embed+linear`, `unused`."""
     uses = param_uses(module)
-    return {
-        name: "+".join(sorted({op.kind for _, op, _ in uses[name]})) or "unused" for name in module.params
-    }
+    return {name: "+".join(sorted({op.kind for _, op, _ in uses[name]})) or "unused" for name in module.params}
 
 
 def numbers(param: Param) -> int:
@@ -115,9 +113,7 @@ def _read(module: Module, func: Func, op: Op) -> int:
         return _read_as_value(module.params[op.params["value"]].type, func, op)
     tables = ("table",) if op.kind == "embed" else ()
     types = {role: module.params[name].type for role, name in op.params.items()}
-    return sum(
-        -(-t.nbytes() // evaluate(t.shape[0], {})) if r in tables else t.nbytes() for r, t in types.items()
-    )
+    return sum(-(-t.nbytes() // evaluate(t.shape[0], {})) if r in tables else t.nbytes() for r, t in types.items())
 
 
 def _read_as_value(type: Type, func: Func, op: Op) -> int:
@@ -131,9 +127,7 @@ def _read_as_value(type: Type, func: Func, op: Op) -> int:
 def cache_bytes_per_token(module: Module, func: str = "", dtype: str = "") -> int:
     """Bytes kept for each token of a sequence: keys and values of all layers, in `dtype` or their own."""
     return sum(
-        times * _bytes(kept, dtype)
-        for name, times in runs(module, func).items()
-        for kept in _kept(module.funcs[name])
+        times * _bytes(kept, dtype) for name, times in runs(module, func).items() for kept in _kept(module.funcs[name])
     )
 
 

@@ -163,9 +163,7 @@ def _row(
     regions: str = "",
 ) -> OpSpec:  # fmt: skip
     fields = dict(item.split(":", 1) for item in attrs.split())
-    return OpSpec(
-        kind, tuple(inputs.split()), tuple(params.split()), fields, tuple(regions.split()), infer, along, doc
-    )
+    return OpSpec(kind, tuple(inputs.split()), tuple(params.split()), fields, tuple(regions.split()), infer, along, doc)
 
 
 _L, _P, _C, _M = Along.LOCAL, Along.POSITION, Along.CACHED, Along.MIXES
@@ -198,9 +196,10 @@ _ROWS = [
     _row("gelu", "x", "", "approx:tanh|erf=tanh", _same, _L, "Gaussian error linear unit"),
     _row("softcap", "x", "", "cap:float", _same, _L, "cap * tanh(x / cap)"),
     _row("split", "x", "", "sizes:ints", _split, _L, "cut the last axis into pieces of these sizes"),
-    _row("repeat", "x*", "", "block:ref times:int carry:int=1", _repeat, _C,
+    _row("repeat", "x*", "", "block:ref times:int start:int=0 carry:int=1", _repeat, _C,
          "run a block `times` times; the first `carry` operands are fed back, the rest stay the same; "
-         "stacked parameters give their i-th array to the i-th run"),
+         "stacked parameters give array start+i to run i"),
+    _row("call", "x*", "", "func:ref", _declared, _C, "the results of another function of the module"),
     _row("window", "x*", "", "why:str", _declared, _C,
          "run the region over all tokens so far and keep the rows of this call: "
          "right for any causal op, costs O(length) a token",

@@ -107,20 +107,14 @@ def _read(text: str, start: str) -> Any:
         raise _Fault(offset or 0, f"unexpected {found}, {_want(error.accepts or error.expected)}") from None
     except UnexpectedCharacters as error:
         found = re.match(r"[^\s,(){}=]+|.", text[error.pos_in_stream :])
-        raise _Fault(
-            error.pos_in_stream, f"unexpected '{found[0] if found else ''}', {_want(error.allowed)}"
-        ) from None
+        raise _Fault(error.pos_in_stream, f"unexpected '{found[0] if found else ''}', {_want(error.allowed)}") from None
     except UnexpectedInput as error:
         raise _Fault(error.pos_in_stream or 0, "unexpected text") from None
 
 
 def _want(terminals: Iterable[str]) -> str:
-    words = sorted(
-        {_SPELLED.get(name, f"'{name.lower()}'") for name in terminals}, key=lambda w: (len(w) > 3, w)
-    )
-    return (
-        f"want {', '.join(words[:-1])}{' or ' if words[:-1] else ''}{words[-1]}" if words else "want nothing"
-    )
+    words = sorted({_SPELLED.get(name, f"'{name.lower()}'") for name in terminals}, key=lambda w: (len(w) > 3, w))
+    return f"want {', '.join(words[:-1])}{' or ' if words[:-1] else ''}{words[-1]}" if words else "want nothing"
 
 
 def _located(text: str, file: str, fault: _Fault) -> str:

@@ -130,6 +130,15 @@ def copy_ops(callee: Func, operands: Sequence[str], names: Names) -> tuple[list[
     return ops, tuple(new[name] for name in callee.results)
 
 
+def inline_calls(module: Module, func: Func) -> Func:
+    """The function with every `call` replaced by what it runs."""
+    while call := next((op for op in func.ops if op.kind == "call"), None):
+        target = call.attrs["func"]
+        assert isinstance(target, Ref)
+        func = inline(func, call, module.funcs[target.name])
+    return func
+
+
 def unroll(module: Module, func: str) -> Module:
     """The repeats of a function written out: layer i of `@layers.q` becomes the parameter `@layers.q.i`.
 
@@ -146,10 +155,11 @@ def unroll(module: Module, func: str) -> Module:
 
 def _unrolled(module: Module, caller: Func, call: Op, made: dict[str, Param]) -> Func:
     target, times, carry = call.attrs["block"], call.attrs["times"], attribute(call, "carry")
-    assert isinstance(target, Ref) and isinstance(times, int) and isinstance(carry, int)
+    start = attribute(call, "start")
+    assert isinstance(target, Ref) and isinstance(times, int) and isinstance(carry, int) and isinstance(start, int)
     names, ops = names_of(caller), list[Op]()
     fed, same = call.inputs[:carry], call.inputs[carry:]
-    for layer in range(times):
+    for layer in range(start, start + times):
         body, fed = copy_ops(module.funcs[target.name], (*fed, *same), names)
         ops.extend(_layer_op(module, op, layer, made) for op in body)
     out = replace_ops(caller, lambda op: ops if op is call else None)
@@ -222,6 +232,6 @@ def _renamed_op(op: Op, new: Mapping[str, str]) -> Op:
 
 
 __all__ = [
-    "Names", "copy_ops", "inline", "match_chain", "match_op", "names_of", "producers", "prune", "rename",
-    "replace_ops", "substitute", "topological", "unroll", "users",
+    "Names", "copy_ops", "inline", "inline_calls", "match_chain", "match_op", "names_of", "producers", "prune",
+    "rename", "replace_ops", "substitute", "topological", "unroll", "users",
 ]  # fmt: skip

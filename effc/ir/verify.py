@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from effc.errors import EffcError, nearest
 from effc.ir.conform import op_faults
 from effc.ir.core import Attr, Func, Module, Op, Param, Ref, param_uses, walk
+from effc.ir.ops import attribute
 from effc.ir.printer import attr_text, decode_line, op_line, param_line, ref, return_line
 from effc.ir.types import BYTES, Dim, Quant, Type
 
@@ -161,6 +162,8 @@ def _op(
     yield from op_faults(op, inputs, types if len(types) == len(op.params) else None)
     if op.kind == "repeat" and inputs is not None:
         yield from _repeat(module, op, inputs)
+    if op.kind == "call" and inputs is not None:
+        yield from _call(module, op, inputs)
 
 
 def _shown(op: Op) -> str:
@@ -217,19 +220,44 @@ def _ref(module: Module, name: str, target: Ref) -> Iterator[str]:
 
 def _repeat(module: Module, op: Op, inputs: list[Type]) -> Iterator[str]:
     """`repeat` against the block it runs."""
-    target, times, carry = op.attrs.get("block"), op.attrs.get("times"), op.attrs.get("carry", 1)
+    target, (times, start, carry) = op.attrs.get("block"), (attribute(op, n) for n in ("times", "start", "carry"))
     block = module.funcs.get(target.name) if isinstance(target, Ref) else None
-    if block is None or not isinstance(times, int) or not isinstance(carry, int):
+    if block is None or not isinstance(times, int) or not isinstance(carry, int) or not isinstance(start, int):
         return  # said by the op's row or by its reference
     if not block.block:
         yield f"{target} is a func, want a block"
     if times < 1:
         yield f"times={times}, want 1 or more"
+    if start < 0:
+        yield f"start={start}, want 0 or more"
     yield from _signature(block, inputs, carry)
+    yield from _stacks(module, block, start, times)
+
+
+def _stacks(module: Module, block: Func, start: int, times: int) -> Iterator[str]:
+    """Whether each stacked parameter of the block has an array for every run."""
+    span = f"start={start}, times={times}" if start else f"times={times}"
     for name in dict.fromkeys(name for inner in walk(block) for name in inner.params.values()):
         param = module.params.get(name)
-        if param and param.stack not in (0, times):
-            yield f"times={times}, but {ref(name)} in {target} is stacked {param.stack} times"
+        if param and param.stack and param.stack < start + times:
+            yield f"{span}, but {ref(name)} in {ref(block.name)} is stacked {param.stack} times"
+
+
+def _call(module: Module, op: Op, inputs: list[Type]) -> Iterator[str]:
+    """`call` against the function it runs."""
+    target = op.attrs.get("func")
+    func = module.funcs.get(target.name) if isinstance(target, Ref) else None
+    if func is None:
+        return  # said by its reference
+    if func.block:
+        yield f"{target} is a block, want a func"
+    wanted, known = [value.type for value in func.inputs], func.types()
+    if inputs != wanted:
+        yield f"operands are ({_types(inputs)}), {target} wants ({_types(wanted)})"
+    results = [known[name] for name in func.results if name in known]
+    declared = [value.type for value in op.outputs]
+    if len(results) == len(func.results) and results != declared:
+        yield f"{target} returns ({_types(results)}), declared are ({_types(declared)})"
 
 
 def _signature(block: Func, inputs: list[Type], carry: int) -> Iterator[str]:

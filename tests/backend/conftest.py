@@ -12,8 +12,8 @@ import pytest
 
 from effc.backend.to_python import emit, load_program
 from effc.ir.core import Module, Param
-from effc.ir.interpret import run
 from effc.ir.parser import parse
+from effc.ir.stream import run
 from effc.runtime.engine import Engine
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from effc.ir.core import Module
-from effc.ir.interpret import run
+from effc.ir.stream import run
 from effc.ir.parser import parse
 from effc.passes import runner
 from effc.pipeline import Pipeline

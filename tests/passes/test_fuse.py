@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effc.ir.interpret import Context, evaluate_func, weight
+from effc.ir.interpret import Context, evaluate_func
 from effc.ir.parser import parse
 from effc.ir.printer import op_line
+from effc.ir.stream import weight
 from effc.passes import Fuse, runner
 
 HEAD = "effc 1 module @m { "

@@ -15,7 +15,7 @@ from effc.errors import EffcError
 from effc.evaluate import Windows, compare, quality, random_windows, windows
 from effc.frontend.source import TokenizerFiles
 from effc.frontend.tokenizer import Tokenizer
-from effc.ir.interpret import run
+from effc.ir.stream import run
 from effc.weights import Lazy, Store
 
 
