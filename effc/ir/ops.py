@@ -196,9 +196,10 @@ _ROWS = [
     _row("gelu", "x", "", "approx:tanh|erf=tanh", _same, _L, "Gaussian error linear unit"),
     _row("softcap", "x", "", "cap:float", _same, _L, "cap * tanh(x / cap)"),
     _row("split", "x", "", "sizes:ints", _split, _L, "cut the last axis into pieces of these sizes"),
-    _row("repeat", "x*", "", "block:ref times:int start:int=0 carry:int=1", _repeat, _C,
+    _row("repeat", "x*", "", "block:ref times:int start:int=0 order:ints=() carry:int=1", _repeat, _C,
          "run a block `times` times; the first `carry` operands are fed back, the rest stay the same; "
-         "stacked parameters give array start+i to run i"),
+         "stacked parameters give array start+i to run i, or with an order array order[start+i] "
+         "(those that hold one for each number of the order: start+i)"),
     _row("call", "x*", "", "func:ref", _declared, _C, "the results of another function of the module"),
     _row("window", "x*", "", "why:str", _declared, _C,
          "run the region over all tokens so far and keep the rows of this call: "
@@ -245,4 +246,13 @@ def attribute(op: Op, name: str) -> Attr | Ref:
     return default or None
 
 
-_NUMBERS: Mapping[str, Callable[[str], int | float]] = {"int": int, "float": float}
+_NUMBERS: Mapping[str, Callable[[str], Attr]] = {"int": int, "float": float, "ints": lambda text: ()}
+
+
+def array_index(order: Attr | Ref, stack: int, layer: int) -> int:
+    """Which of `stack` arrays a layer takes: the one `order` names, or its own where it has one."""
+    if not isinstance(order, tuple) or not order or stack == len(order):
+        return layer
+    found = order[layer]
+    assert isinstance(found, int)
+    return found

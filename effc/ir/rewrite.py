@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from effc.errors import EffcError, nearest
 from effc.ir.core import Attr, Func, Module, Op, Param, Ref, Value
-from effc.ir.ops import attribute
+from effc.ir.ops import array_index, attribute
 
 
 class Names:
@@ -161,16 +161,20 @@ def _unrolled(module: Module, caller: Func, call: Op, made: dict[str, Param]) ->
     fed, same = call.inputs[:carry], call.inputs[carry:]
     for layer in range(start, start + times):
         body, fed = copy_ops(module.funcs[target.name], (*fed, *same), names)
-        ops.extend(_layer_op(module, op, layer, made) for op in body)
+        ops.extend(_layer_op(module, op, layer, attribute(call, "order"), made) for op in body)
     out = replace_ops(caller, lambda op: ops if op is call else None)
     return substitute(out, {v.name: r for v, r in zip(call.outputs, fed, strict=True)})
 
 
-def _layer_op(module: Module, op: Op, layer: int, made: dict[str, Param]) -> Op:
+def _layer_op(module: Module, op: Op, layer: int, order: Attr | Ref, made: dict[str, Param]) -> Op:
     """`op` of layer number `layer`, reading that layer's parameters, in its regions too."""
-    params = {role: _layer_param(module.params[name], layer, made) for role, name in op.params.items()}
+    stacks = {name: module.params[name].stack for name in op.params.values()}
+    params = {
+        role: _layer_param(module.params[name], array_index(order, stacks[name], layer), made)
+        for role, name in op.params.items()
+    }
     regions = {
-        role: replace(region, ops=tuple(_layer_op(module, inner, layer, made) for inner in region.ops))
+        role: replace(region, ops=tuple(_layer_op(module, inner, layer, order, made) for inner in region.ops))
         for role, region in op.regions.items()
     }
     return replace(op, params=params, regions=regions)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from effc.ir.core import Func, Module, Op, Param, Ref
+from effc.ir.core import Attr, Func, Module, Op, Param, Ref
 from effc.ir.interpret import Context, Weight, apply, evaluate_func
-from effc.ir.ops import Along, attribute, spec_of
+from effc.ir.ops import Along, array_index, attribute, spec_of
 from effc.ir.rewrite import inline_calls
 from effc.ir.types import Quant, evaluate
 from effc.runtime import primitives
@@ -138,12 +138,14 @@ def _last_use(func: Func) -> dict[str, int]:
     return {name: at for at, op in enumerate(func.ops) for name in op.inputs}
 
 
-def _step(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence[_State], layer: int = 0) -> None:
-    """One op on every chunk; stacked parameters give their array number `layer`."""
+def _step(
+    module: Module, store: Mapping[str, Reads], op: Op, states: Sequence[_State], layer: int = 0, order: Attr | Ref = ()
+) -> None:
+    """One op on every chunk; stacked parameters give the array of this layer."""
     if op.kind == "repeat":
         _repeat(module, store, op, states)
         return
-    held = _held(module, store, [op], layer)
+    held = _held(module, store, [op], layer, order)
     weights = {role: held[name] for role, name in op.params.items()}
     run_op = apply if op.regions or op.kind == "attention" else _by_itself(op)
     for state in states:
@@ -173,9 +175,13 @@ def _by_itself(op: Op) -> Callable[..., Sequence[Array]]:
     return step
 
 
-def _held(module: Module, store: Mapping[str, Reads], ops: Sequence[Op], layer: int) -> dict[str, Weight]:
-    """What ops read, on the device."""
-    return {name: weight(store[name], layer if module.params[name].stack else 0) for name in params_of(ops)}
+def _held(
+    module: Module, store: Mapping[str, Reads], ops: Sequence[Op], layer: int, order: Attr | Ref, stacked: bool = False
+) -> dict[str, Weight]:
+    """What ops read for a layer, on the device; of the stacked parameters alone where asked."""
+    stacks = {name: module.params[name].stack for name in params_of(ops)}
+    wanted = {name: stack for name, stack in stacks.items() if stack or not stacked}
+    return {n: weight(store[n], array_index(order, stack, layer) if stack else 0) for n, stack in wanted.items()}
 
 
 def _repeat(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence[_State]) -> None:
@@ -183,7 +189,7 @@ def _repeat(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence
     assert isinstance(ref, Ref) and isinstance(times, int) and isinstance(start, int) and isinstance(carry, int)
     block = module.funcs[ref.name]
     block = replace(block, ops=inline_calls(module, block).ops)
-    once = _block(module, store, block)
+    once = _block(module, store, block, attribute(op, "order"))
     carried = [[state.values[name] for name in op.inputs] for state in states]
     for layer in range(start, start + times):
         for operands, results in zip(carried, once(states, carried, layer), strict=True):
@@ -197,19 +203,19 @@ Once = Callable[[Sequence[_State], Sequence[list[Array]], int], Sequence[Sequenc
 """A block run on every chunk with the arrays of one layer: results a chunk."""
 
 
-def _block(module: Module, store: Mapping[str, Reads], block: Func) -> Once:
+def _block(module: Module, store: Mapping[str, Reads], block: Func, order: Attr | Ref) -> Once:
     nested = any(op.kind == "repeat" for op in block.ops)
-    return _nested(module, store, block) if nested else _flat(module, store, block)
+    return _nested(module, store, block, order) if nested else _flat(module, store, block, order)
 
 
-def _flat(module: Module, store: Mapping[str, Reads], block: Func) -> Once:
+def _flat(module: Module, store: Mapping[str, Reads], block: Func, order: Attr | Ref) -> Once:
     """Compiled as a whole; parameters that all layers share are read once."""
     names = params_of(block.ops)
     shared = {name: weight(store[name], 0) for name in names if not module.params[name].stack}
     compiled = _compiled(block)
 
     def once(states: Sequence[_State], operands: Sequence[list[Array]], layer: int) -> Sequence[Sequence[Array]]:
-        weights = shared | {name: weight(store[name], layer) for name in names if module.params[name].stack}
+        weights = shared | _held(module, store, block.ops, layer, order, stacked=True)
         out = [compiled(s.context, weights, mine, layer) for s, mine in zip(states, operands, strict=True)]
         for state in states:
             _forget(state.context, f"{layer}/")
@@ -218,7 +224,7 @@ def _flat(module: Module, store: Mapping[str, Reads], block: Func) -> Once:
     return once
 
 
-def _nested(module: Module, store: Mapping[str, Reads], block: Func) -> Once:
+def _nested(module: Module, store: Mapping[str, Reads], block: Func, order: Attr | Ref) -> Once:
     """Op by op, for a block that repeats others."""
 
     def once(states: Sequence[_State], operands: Sequence[list[Array]], layer: int) -> Sequence[Sequence[Array]]:
@@ -226,7 +232,7 @@ def _nested(module: Module, store: Mapping[str, Reads], block: Func) -> Once:
         for state, mine in zip(inner, operands, strict=True):
             state.values.update(zip((value.name for value in block.inputs), mine, strict=True))
         for op in block.ops:
-            _step(module, store, op, inner, layer)
+            _step(module, store, op, inner, layer, order)
         _forget_all(inner)
         return [[state.values[name] for name in block.results] for state in inner]
 

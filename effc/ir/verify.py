@@ -231,16 +231,38 @@ def _repeat(module: Module, op: Op, inputs: list[Type]) -> Iterator[str]:
     if start < 0:
         yield f"start={start}, want 0 or more"
     yield from _signature(block, inputs, carry)
-    yield from _stacks(module, block, start, times)
+    order = attribute(op, "order")
+    if isinstance(order, tuple) and order:
+        yield from _order(module, block, order, start, times)
+    else:
+        yield from _stacks(module, block, start, times)
 
 
 def _stacks(module: Module, block: Func, start: int, times: int) -> Iterator[str]:
     """Whether each stacked parameter of the block has an array for every run."""
     span = f"start={start}, times={times}" if start else f"times={times}"
+    for name, stack in _stacked(module, block):
+        if stack < start + times:
+            yield f"{span}, but {ref(name)} in {ref(block.name)} is stacked {stack} times"
+
+
+def _order(module: Module, block: Func, order: tuple[Attr, ...], start: int, times: int) -> Iterator[str]:
+    """Whether `order` tells every run an array that is there."""
+    numbers = [number for number in order if isinstance(number, int)]
+    if len(order) < start + times:
+        yield f"order tells the arrays of {len(order)} layers, want {start + times} (start={start}, times={times})"
+    if min(numbers) < 0:
+        yield f"order={attr_text(order)}, want numbers of 0 or more"
+    for name, stack in _stacked(module, block):
+        if stack != len(order) and stack <= max(numbers):
+            yield f"order names array {max(numbers)}, but {ref(name)} in {ref(block.name)} is stacked {stack} times"
+
+
+def _stacked(module: Module, block: Func) -> Iterator[tuple[str, int]]:
+    """Stacked parameters that the block reads, and of how many arrays."""
     for name in dict.fromkeys(name for inner in walk(block) for name in inner.params.values()):
-        param = module.params.get(name)
-        if param and param.stack and param.stack < start + times:
-            yield f"{span}, but {ref(name)} in {ref(block.name)} is stacked {param.stack} times"
+        if name in module.params and module.params[name].stack:
+            yield name, module.params[name].stack
 
 
 def _call(module: Module, op: Op, inputs: list[Type]) -> Iterator[str]:
