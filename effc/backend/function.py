@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import libcst as cst
 
@@ -11,6 +11,7 @@ from effc.backend.plan import Block, Plan, by_call, by_token, last_mixing, menti
 from effc.backend.syntax import Expr, Names, Statement, call, code, expr, item, literal
 from effc.errors import EffcError, nearest
 from effc.ir.core import Func, Op, Ref, Value
+from effc.ir.ops import attribute
 from effc.ir.types import Type
 from effc.runtime import primitives
 
@@ -48,7 +49,7 @@ RESERVED = frozenset(
         "valid",
         "step",
     }
-    | {"forward", "extend", "main", "PARAMS", "CONTEXT"}
+    | {"forward", "extend", "main", "PARAMS", "CONTEXT", "ENTRIES"}
     | LAYERS
 )
 
@@ -73,22 +74,22 @@ class Body:
         notes = [signature(self.func)]
         return syntax.function(self.block_info.title, [*before, *inputs, *after], body, notes=notes)
 
-    def extend(self) -> cst.FunctionDef:
-        """The forward function over a cache; rows not wanted end after the last op that needs them."""
-        (tokens,) = self.func.inputs
-        title = self.names.new(tokens.name)
+    def extend(self, name: str = "extend") -> cst.FunctionDef:
+        """A function of tokens over a cache; rows not wanted end after the last op that needs them."""
+        tokens = self.func.inputs[0]
+        operands = [self.names.new(value.name) for value in self.func.inputs]
+        title = operands[0]
         cut = last_mixing(self.plan.module, self.func)
         cut = cut if all(by_token(self.types[n]) for n in self._crossing(cut)) else len(self.func.ops)
         before, after = self.func.ops[:cut], self.func.ops[cut:]
         body = [*syntax.statements(f"step = Step({title}, cache, valid)"), *self._sizes((tokens,), before)]
         body += [*self.ops(before), *self._last_rows(cut), *self.ops(after)]
-        (logits,) = self.func.results
-        body.append(syntax.give([self.value(logits), expr("step.cache()")]))
+        body.append(syntax.give([*map(self.value, self.func.results), expr("step.cache()")]))
         notes = [
             signature(self.func),
             "valid i32[b]: how many tokens are not padding; then logits of the last one only",
         ]
-        return syntax.function("extend", ["params", title, "cache=None", "valid=None"], body, notes=notes)
+        return syntax.function(name, ["params", *operands, "cache=None", "valid=None"], body, notes=notes)
 
     def _crossing(self, cut: int) -> list[str]:
         """Values that depend on t, made before the cut and read after it."""
@@ -142,6 +143,8 @@ class Body:
         match op.kind:
             case "attention":
                 return self._attention(op, functions)
+            case "call":
+                return self._call(op)
             case "positions":
                 return expr("step.positions")
             case "window":
@@ -167,9 +170,10 @@ class Body:
         group, key = self.plan.place(name)
         if not group:
             return item("params", key)
-        if self.block_info is None or self.block_info.group != group:
+        mine = self.block_info.layer_names() if self.block_info else {}
+        if group not in mine:
             raise EffcError(f"emit: @{self.func.name} reads @{name}, one array a layer, outside of its block")
-        return item("p", key)
+        return item(mine[group], key)
 
     def _inputs(self, op: Op) -> list[Expr]:
         return [self.value(name) for name in op.inputs]
@@ -285,18 +289,38 @@ class Body:
         return syntax.function(title, own, [*body, syntax.give([syntax.sequence(results)] if whole else results)])
 
     def _repeat(self, op: Op) -> Statements:
-        target = op.attrs["block"]
-        assert isinstance(target, Ref)
+        target, times, start = (attribute(op, name) for name in ("block", "times", "start"))
+        assert isinstance(target, Ref) and isinstance(times, int) and isinstance(start, int)
         block, carry = self.plan.blocks[target.name], len(op.outputs)
         outputs = [self.names.new(value.name) for value in op.outputs]
-        start = [self.value(name) for name in op.inputs[:carry]]
-        before, after = block.arguments()
+        first = [self.value(name) for name in op.inputs[:carry]]
         rest = [self.value(name) for name in op.inputs[carry:]]
-        args = [*map(syntax.name, before), *map(syntax.name, outputs), *rest, *map(syntax.name, after)]
-        first = start[0] if carry == 1 else syntax.sequence(start).with_changes(lpar=[], rpar=[])
-        over = item("params", block.group) if block.group else expr(f"range({op.attrs['times']})")
+        args = self._arguments(block, [*map(syntax.name, outputs), *rest])
+        begin = first[0] if carry == 1 else syntax.sequence(first).with_changes(lpar=[], rpar=[])
+        over = [self._layers(group, start, times) for group in block.groups] or [expr(f"range({times})")]
         body = [syntax.assign(outputs, call(block.title, args))]
-        return [syntax.assign(outputs, first), syntax.loop("p" if block.group else "_", over, body)]
+        names = list(block.layer_names().values()) or ["_"]
+        return [
+            syntax.assign(outputs, begin),
+            syntax.loop(names, over[0] if len(over) == 1 else call("zip", over), body),
+        ]
+
+    def _layers(self, group: str, start: int, times: int) -> Expr:
+        """`params["layers"]`, or the part of it that is run."""
+        whole = item("params", group)
+        return (
+            whole if (start, times) == (0, self.plan.length(group)) else expr(f"{code(whole)}[{start}:{start + times}]")
+        )
+
+    def _arguments(self, block: Block, operands: Sequence[Expr]) -> list[Expr]:
+        before, after = block.arguments()
+        return [*map(syntax.name, before), *operands, *map(syntax.name, after)]
+
+    def _call(self, op: Op) -> Expr:
+        target = op.attrs["func"]
+        assert isinstance(target, Ref)
+        block = self.plan.blocks[target.name]
+        return call(block.title, self._arguments(block, self._inputs(op)))
 
 
 def signature(func: Func) -> str:

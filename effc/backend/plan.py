@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from effc.errors import EffcError, nearest
 from effc.ir.core import Func, Module, Op, Param, Ref, walk
 from effc.ir.types import Dim, Type, depends
 
-CACHED = frozenset({"positions", "attention", "window"})
+CACHED = frozenset({"positions", "attention", "window", "running", "recur"})
 """Ops that need to know what came before."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """What a call of an emitted block passes besides its operands."""
+    """What a call of an emitted block or function passes besides its operands."""
 
     title: str
-    group: str  # key of its stacked parameters in `params`; "" where it has none
-    shared: bool  # reads unstacked parameters
+    groups: tuple[str, ...]  # keys of its stacked parameters in `params`
+    shared: bool  # reads other parameters, or runs functions that may
     steps: bool  # reads or writes the cache
 
     def arguments(self) -> tuple[list[str], list[str]]:
         """Before and after the operands."""
-        before = ["p"] * bool(self.group) + ["params"] * self.shared
+        before = [*self.layer_names().values()] + ["params"] * self.shared
         return before, ["step"] * self.steps
+
+    def layer_names(self) -> dict[str, str]:
+        """By group, what the parameters of one layer are called: `p` where there is one group only."""
+        if len(self.groups) == 1:
+            return {self.groups[0]: "p"}
+        return {group: f"p_{re.sub(r'[^A-Za-z0-9_]', '_', group)}" for group in self.groups}
 
 
 @dataclass
@@ -53,39 +60,48 @@ class Plan:
         """What calls of `func` need, kept under its name."""
         names = [name for op in walk(func) for name in op.params.values()]
         stacked = [name for name in names if self.param(name).stack]
-        group = self.place(stacked[0])[0] if stacked else ""
-        nested = any(op.kind == "repeat" for op in walk(func))
-        shared = nested or len(stacked) < len(names)
-        self.blocks[func.name] = Block(title, group, shared, steps(self.module, func))
+        groups = tuple(dict.fromkeys(self.place(name)[0] for name in stacked))
+        runs_others = any(isinstance(value, Ref) for op in walk(func) for value in op.attrs.values())
+        shared = runs_others or len(stacked) < len(names)
+        self.blocks[func.name] = Block(title, groups, shared, steps(self.module, func))
         return self.blocks[func.name]
+
+    def length(self, group: str) -> int:
+        """How many layers a group has."""
+        return max(p.stack for name, p in self.module.params.items() if self.tree[name][0] == group)
 
 
 def tree(module: Module) -> dict[str, tuple[str, str]]:
     """Group and key of every parameter: `layers.attn.q` is `params["layers"][i]["attn.q"]`."""
     out = {name: ("", name) for name, param in module.params.items() if not param.stack}
     for func in module.funcs.values():
-        mine = [n for op in walk(func) for n in op.params.values() if n in module.params and module.params[n].stack]
-        heads = {name.partition(".")[0] for name in mine}
-        shared = len(heads) == 1 and all("." in name for name in mine) and not heads & out.keys()
-        for name in mine:
-            head, _, rest = name.partition(".")
-            out.setdefault(name, (head, rest) if shared else (func.name, name))
+        for name in (n for op in walk(func) for n in op.params.values()):
+            if name in module.params and name not in out:
+                head, _, rest = name.partition(".")
+                out[name] = (head, rest) if rest and head not in module.params else (func.name, name)
     unread = [name for name in module.params if name not in out]
     return out | {name: ("unread", name) for name in unread}
 
 
+def entries(module: Module) -> list[Func]:
+    """Functions that `decode` names beside the forward one: a drafter, for instance."""
+    named = module.decode.attrs.values() if module.decode else ()
+    found = [module.funcs[ref.name] for ref in named if isinstance(ref, Ref) and ref.name in module.funcs]
+    main = module.forward().name
+    return list({func.name: func for func in found if func.name != main}.values())
+
+
 def reached(module: Module, func: Func) -> list[Func]:
-    """Blocks that `func` repeats, those they repeat first."""
+    """Blocks and functions that `func` runs, those they run first."""
     out: dict[str, Func] = {}
     for op in walk(func):
-        target = op.attrs.get("block")
-        if op.kind == "repeat" and isinstance(target, Ref):
+        for target in (value for value in op.attrs.values() if isinstance(value, Ref)):
             if target.name not in module.funcs:
                 hint = nearest(target.name, module.funcs)
-                raise EffcError(f"emit: @{func.name} repeats @{target.name}, want a block{hint}")
-            block = module.funcs[target.name]
-            out |= {inner.name: inner for inner in reached(module, block)}
-            out[block.name] = block
+                raise EffcError(f"emit: @{func.name} runs @{target.name}, want a block or a func{hint}")
+            inner = module.funcs[target.name]
+            out |= {deeper.name: deeper for deeper in reached(module, inner)}
+            out[inner.name] = inner
     return list(out.values())
 
 
@@ -99,8 +115,8 @@ def last_mixing(module: Module, func: Func) -> int:
     blocks = {block.name: steps(module, block) for block in reached(module, func)}
 
     def mixes(op: Op) -> bool:
-        target = op.attrs.get("block")
-        return op.kind in CACHED or (isinstance(target, Ref) and blocks[target.name])
+        runs = any(isinstance(value, Ref) and blocks[value.name] for value in op.attrs.values())
+        return op.kind in CACHED or runs
 
     return max((i + 1 for i, op in enumerate(func.ops) if mixes(op)), default=0)
 

@@ -165,9 +165,10 @@ def docstring(lines: Sequence[str]) -> cst.SimpleStatementLine:
     return line(cst.Expr(cst.SimpleString(f'"""{body}\n"""')))
 
 
-def loop(target: str, over: Expr, body: Sequence[Statement]) -> cst.For:
-    """`for target in over:`."""
-    return cst.For(name(target), over, cst.IndentedBlock(list(body)))
+def loop(targets: Sequence[str], over: Expr, body: Sequence[Statement]) -> cst.For:
+    """`for a, b in over:`."""
+    target = name(targets[0]) if len(targets) == 1 else cst.Tuple([cst.Element(name(t)) for t in targets], [], [])
+    return cst.For(target, over, cst.IndentedBlock(list(body)))
 
 
 def function(

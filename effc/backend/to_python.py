@@ -10,9 +10,9 @@ import libcst as cst
 
 from effc.backend import syntax
 from effc.backend.function import LAYERS, RESERVED, Body, Statements, signature
-from effc.backend.plan import Plan, reached
+from effc.backend.plan import Plan, entries, reached
 from effc.backend.syntax import Names
-from effc.ir.core import Module
+from effc.ir.core import Func, Module
 from effc.runtime.program import Program
 
 
@@ -29,7 +29,7 @@ def load_program(source: str) -> Program:
     linecache.cache[title] = (len(source), None, source.splitlines(True), title)
     space: dict[str, Any] = {"__name__": "effc_program", "__file__": title}
     exec(compile(source, title, "exec"), space)
-    return Program(space["extend"], space["PARAMS"], space.get("CONTEXT"))
+    return Program(space["extend"], space["PARAMS"], space.get("CONTEXT"), space.get("ENTRIES", {}))
 
 
 class _Emitter:
@@ -38,17 +38,28 @@ class _Emitter:
     def __init__(self, module: Module, version: str, pipeline: str):
         self.module, self.version, self.pipeline = module, version, pipeline
         self.plan, self.titles = Plan(module), Names(RESERVED)
+        self.entries: dict[str, str] = {}  # function of the module -> its name in the program
 
     def source(self) -> str:
-        main = self.module.forward()
-        blocks = reached(self.module, main)
-        bodies = [Body(self.plan, f, self.plan.block(f, self.titles.new(f.name))).block() for f in blocks]
+        main, others = self.module.forward(), entries(self.module)
+        blocks = {block.name: block for func in [main, *others] for block in reached(self.module, func)}
+        bodies = [Body(self.plan, f, self.plan.block(f, self.titles.new(f.name))).block() for f in blocks.values()]
         extend = Body(self.plan, main, None).extend()
+        more = [Body(self.plan, func, None).extend(self._entry(func)) for func in others]
         forward = syntax.statements(_FORWARD.format(tokens=extend.params.params[1].name.value))[0]
-        main_parts = [syntax.statements(text)[0] for text in (_MAIN, _START)]
-        functions = [*bodies, extend, forward, *main_parts]
+        main_parts = [syntax.statements(text)[0] for text in (*self._table(), _MAIN, _START)]
+        functions = [*bodies, extend, *more, forward, *main_parts]
         body = [*self._head(), *(syntax.spaced(part, 2) for part in functions)]
         return cst.Module(body).code
+
+    def _entry(self, func: Func) -> str:
+        self.entries[func.name] = self.titles.new(func.name)
+        return self.entries[func.name]
+
+    def _table(self) -> list[str]:
+        """`ENTRIES`, where `decode` names functions beside the forward one."""
+        pairs = ", ".join(f"{_quoted(name)}: {title}" for name, title in self.entries.items())
+        return [f"\nENTRIES = {{{pairs}}}  # functions that decoding calls beside extend\n"] if pairs else []
 
     def _head(self) -> Statements:
         meta, forward = self.module.meta, self.module.forward()
@@ -86,8 +97,8 @@ class _Emitter:
             count = f"{param.stack} * " if param.stack else ""
             groups.setdefault(group, []).append(f"{_quoted(key)}: {_quoted(f'{count}{param.type}{elsewhere}')},")
         lines = [f"    {entry}" for entry in groups.pop("", [])]
-        for group, entries in groups.items():
-            lines += [f"    {_quoted(group)}: {{", *(f"        {entry}" for entry in entries), "    },"]
+        for group, lines_of in groups.items():
+            lines += [f"    {_quoted(group)}: {{", *(f"        {entry}" for entry in lines_of), "    },"]
         return "\n".join(["PARAMS = {", *lines, "}"]) + "\n"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -19,11 +19,16 @@ Table = Mapping[str, str | Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Program:
-    """context is the number of tokens a sequence may hold, None where nothing limits it."""
+    """context is the number of tokens a sequence may hold, None where nothing limits it.
+
+    entries: functions of the same form as `extend` that decoding calls beside it, a drafter for instance;
+    they may take further operands after the tokens and give further results before the cache.
+    """
 
     extend: Extend
     params: Table
     context: int | None = None
+    entries: Mapping[str, Callable[..., Any]] = field(default_factory=dict[str, Callable[..., Any]])
 
     def forward(self, params: Any, tokens: jax.Array) -> jax.Array:
         """Logits of every token, from the start of each sequence."""

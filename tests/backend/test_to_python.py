@@ -252,7 +252,7 @@ def test_what_a_dump_says_cannot_become_code() -> None:
             "no primitive 'reshap'; did you mean 'reshape'?",
         ),
         ("%y: f32[b,t,8] = linear(%x) [w=@embd]", "no parameter @embd; did you mean 'embed'?"),
-        ("%y: f32[b,t,8] = repeat(%x) {block=@layr, times=2}", "@forward repeats @layr, want a block"),
+        ("%y: f32[b,t,8] = repeat(%x) {block=@layr, times=2}", "@forward runs @layr, want a block or a func"),
         ("%y: f32[b,t,8] = lax.reshape(%x) {new_sizes=(b,t,k)}", "the size k depends on more than b and t"),
     ],
 )
