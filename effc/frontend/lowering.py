@@ -22,6 +22,7 @@ from effc.ir.rewrite import rename
 from effc.ir.tokens import Dep, dependence, keeps_tokens_apart
 from effc.ir.types import evaluate
 from effc.passes.raising.attention import raise_attentions
+from effc.passes.raising.columns import raise_columns
 from effc.passes.raising.linear import raise_embeddings, raise_linears
 from effc.passes.raising.norm import raise_norms
 from effc.passes.raising.rope import raise_ropes
@@ -67,6 +68,7 @@ def lower(source: Source) -> Lowered:
 
 def raise_all(graph: Graph, context: int) -> list[str]:
     """Raise what can be; returns why an attention or a position was left, if one was."""
+    raise_columns(graph)
     raise_embeddings(graph)
     raise_linears(graph)
     simplify(graph)

@@ -137,9 +137,7 @@ def _softmax(graph: Graph, name: str) -> Softmax | None:
 
 def _is_max(graph: Graph, name: str) -> bool:
     """Whether `name` is the same number for a whole row: then it cancels, whatever it is."""
-    op = graph.op(
-        peel(graph, name, {"lax.reshape", "lax.broadcast_in_dim", "lax.convert_element_type", "lax.max"})
-    )
+    op = graph.op(peel(graph, name, {"lax.reshape", "lax.broadcast_in_dim", "lax.convert_element_type", "lax.max"}))
     return op is not None and op.kind == "lax.reduce_max"
 
 
@@ -202,8 +200,7 @@ def _product(graph: Graph, op: Op) -> Product:
     """What each axis of the scores' product is; the softmax's last axis must turn out to be its keys."""
     contract, batch = _numbers(op)
     free = [
-        [a for a in range(len(graph.type(op.inputs[s]).shape)) if a not in (*contract[s], *batch[s])]
-        for s in (0, 1)
+        [a for a in range(len(graph.type(op.inputs[s]).shape)) if a not in (*contract[s], *batch[s])] for s in (0, 1)
     ]
     tokens = [token_axes(graph.type(i)) for i in op.inputs]
     if any(graph.type(op.inputs[s]).shape[tokens[s][0]] != T or tokens[s][0] not in free[s] for s in (0, 1)):
@@ -345,12 +342,7 @@ def _unscaled(graph: Graph, q: str, k: str) -> tuple[str, str, float]:
     for name in (q, k):
         op = graph.op(_unmoved(graph, name))
         value = literal(graph, op.inputs[1]) if op and op.kind in {"lax.mul", "lax.div"} else None
-        if (
-            op is not None
-            and value
-            and not graph.type(op.inputs[1]).shape
-            and graph.type(name).dtype == "f32"
-        ):
+        if op is not None and value and not graph.type(op.inputs[1]).shape and graph.type(name).dtype == "f32":
             factor *= float(value) if op.kind == "lax.mul" else 1 / float(value)
             name = _moved_like(graph, name, op.inputs[0])
         names.append(name)

@@ -51,9 +51,7 @@ def parameter_view(graph: Graph, name: str) -> tuple[Param, Axes] | None:
     return param, order or tuple(range(len(param.type.shape)))
 
 
-def _replace(
-    graph: Graph, op: Op, side: int, weight: tuple[Param, Axes], contract: tuple[Axes, Axes]
-) -> None:
+def _replace(graph: Graph, op: Op, side: int, weight: tuple[Param, Axes], contract: tuple[Axes, Axes]) -> None:
     param, order = weight
     x = op.inputs[1 - side]
     pairs = sorted(zip(contract[side], contract[1 - side], strict=True), key=lambda pair: order[pair[0]])
@@ -64,14 +62,10 @@ def _replace(
     matrix, layout = _matrix(graph, param, summed, kept)
     shape_x, sizes = graph.type(x).shape, param.type.shape
     rows = transposed(graph, x, (*free_x, *(a for _, a in pairs)), op)
-    rows = reshaped(
-        graph, rows, (*(shape_x[a] for a in free_x), product(tuple(sizes[a] for a in summed))), op
-    )
+    rows = reshaped(graph, rows, (*(shape_x[a] for a in free_x), product(tuple(sizes[a] for a in summed))), op)
     flat: tuple[Size, ...] = (*(shape_x[a] for a in free_x), product(tuple(sizes[a] for a in kept)))
     attrs = {} if layout == "kn" else {"layout": "nk"}
-    (y,) = graph.add(
-        "linear", [rows], Type(op.out.type.dtype, flat), params={"w": matrix}, attrs=attrs, loc=op.loc
-    )
+    (y,) = graph.add("linear", [rows], Type(op.out.type.dtype, flat), params={"w": matrix}, attrs=attrs, loc=op.loc)
     wide = reshaped(graph, y, (*(shape_x[a] for a in free_x), *(sizes[a] for a in kept)), op)
     if side == 0:
         count = len(free_x)
@@ -159,7 +153,7 @@ def _vector(graph: Graph, name: str, like: Type) -> Param | None:
         return None
     param = graph.params[op.params["value"]]
     sizes = [s for s in shape if s != 1]
-    tail = [s for s in like.shape[len(like.shape) - len(sizes) :]] if sizes else []
+    tail = list(like.shape[len(like.shape) - len(sizes) :]) if sizes else []
     return param if sizes == tail and product(param.type.shape) == product(tuple(sizes)) else None
 
 
@@ -172,20 +166,40 @@ def raise_embeddings(graph: Graph) -> None:
 
 
 def _rows(graph: Graph, op: Op) -> None:
-    table = parameter_view(graph, op.inputs[0])
-    if table is None or len(table[1]) != 2 or table[1] != (0, 1):
+    table, ids = parameter_view(graph, op.inputs[0]), graph.type(op.inputs[1])
+    axis = _row_axis(graph, op)
+    if table is None or table[1] != tuple(range(len(table[1]))) or axis is None or ids.shape[-1] != 1:
         return
-    param, ids = table[0], graph.type(op.inputs[1])
-    width = param.type.shape[1]
-    whole = (
-        op.attrs["slice_sizes"] == (1, width)
-        and op.attrs["collapsed"] == (0,)
-        and op.attrs["index_map"] == (0,)
-    )
-    rank = len(ids.shape) - 1
-    if not whole or ids.shape[-1] != 1 or op.attrs["offset"] != (rank,) or "batch" in op.attrs:
-        return
+    sizes = table[0].type.shape
+    kept = (*sizes[:axis], *sizes[axis + 1 :])
+    first = all(size == 1 for size in sizes[:axis])
+    order = None if first else (axis, *(a for a in range(len(sizes)) if a != axis))
+    name = view(graph, table[0], (sizes[axis], product(kept)), order)
     flat = reshaped(graph, op.inputs[1], ids.shape[:-1], op)
-    name = view(graph, param, param.type.shape, None)
-    (rows,) = graph.add("embed", [flat], op.out.type, params={"table": name}, loc=op.loc)
-    graph.become(op.outputs[0].name, rows)
+    type = Type(op.out.type.dtype, (*ids.shape[:-1], product(kept)))
+    (rows,) = graph.add("embed", [flat], type, params={"table": name}, loc=op.loc)
+    wide = reshaped(graph, rows, (*ids.shape[:-1], *kept), op)
+    graph.become(op.outputs[0].name, transposed(graph, wide, _places(op, len(ids.shape) - 1, len(kept)), op))
+
+
+def _row_axis(graph: Graph, op: Op) -> int | None:
+    """The axis along which a gather takes one whole row for each index."""
+    collapsed, shape = op.attrs["collapsed"], graph.type(op.inputs[0]).shape
+    if (
+        not isinstance(collapsed, tuple)
+        or len(collapsed) != 1
+        or collapsed != op.attrs["index_map"]
+        or "batch" in op.attrs
+    ):
+        return None
+    axis = int(collapsed[0])  # type: ignore[arg-type]
+    whole = (*shape[:axis], 1, *shape[axis + 1 :])
+    return axis if op.attrs["slice_sizes"] == whole else None
+
+
+def _places(op: Op, indexed: int, kept: int) -> tuple[int, ...]:
+    """For each axis of the gather's result, the axis of [indices..., row...] that it is."""
+    offset = op.attrs["offset"]
+    assert isinstance(offset, tuple)
+    ids, row = iter(range(indexed)), iter(range(indexed, indexed + kept))
+    return tuple(next(row) if a in offset else next(ids) for a in range(indexed + kept))

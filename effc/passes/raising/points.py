@@ -13,7 +13,7 @@ from effc.ir.core import Attr, Func, Op, Value
 from effc.ir.interpret import concrete, shape_of
 from effc.ir.ops import ELEMENTWISE
 from effc.ir.types import Size, Type, evaluate
-from effc.passes.raising.probe import region, run_region, signature
+from effc.passes.raising.probe import constant_of, region, run_region, signature
 from effc.runtime import primitives
 
 Index = tuple[np.ndarray, ...]
@@ -141,10 +141,7 @@ class _Mask:
         grid = np.array([-300.0, -30, -3, -1, -1e-2, 1e-2, 1, 3, 30, 300], np.float32)
         z = np.array([float(self._at(s, 0, 5, 5)) - float(self._at(0.0, 0, 5, 5)) for s in grid])
         other = np.array(
-            [
-                float(self._at(s, self.heads - 1, 9, 9)) - float(self._at(0.0, self.heads - 1, 9, 9))
-                for s in grid
-            ]
+            [float(self._at(s, self.heads - 1, 9, 9)) - float(self._at(0.0, self.heads - 1, 9, 9)) for s in grid]
         )
         if not np.allclose(z, other, rtol=1e-4, atol=1e-4):
             raise Unseen("the scale of the scores depends on the position or head")
@@ -243,9 +240,7 @@ class _At:
             raise Unseen(f"no rule for a point of '{op.kind}' {op.loc or ''}")
         key = ("whole", name)
         if key not in self.memo:
-            params = {
-                p: self.graph.constants[self.graph.params[p].path] for o in ops for p in o.params.values()
-            }
+            params = {p: constant_of(self.graph, p) for o in ops for p in o.params.values()}
             self.memo[key] = run_region(self.graph, [name], {}, self.sizes, params)[0]
         return self.memo[key][tuple(index)] if index else self.memo[key]
 
@@ -333,9 +328,7 @@ def _linear_bias(graph: Graph, bias: np.ndarray, visible: np.ndarray) -> Func | 
     rise = np.diff(bias, axis=-1)
     both = visible[:, 1:] & visible[:, :-1]
     slopes = rise[:, -1, 0] if visible[-1, 0] else rise[:, -1, -1]
-    if not np.allclose(
-        np.where(both, rise, 0), np.where(both, slopes[:, None, None], 0), rtol=1e-3, atol=1e-6
-    ):
+    if not np.allclose(np.where(both, rise, 0), np.where(both, slopes[:, None, None], 0), rtol=1e-3, atol=1e-6):
         raise Unseen("the bias of the scores is not linear in the key's position")
     return _alibi(graph, slopes.astype(np.float32)) if np.any(slopes) else None
 

@@ -11,7 +11,7 @@ import numpy as np
 from effc.frontend.graph import Graph
 from effc.ir.core import Op
 from effc.ir.interpret import Context, apply
-from effc.ir.types import NUMPY
+from effc.ir.types import NUMPY, evaluate
 
 Array = jax.Array
 SIZES = {"b": 2, "t": 3}
@@ -29,7 +29,9 @@ def run_region(
 
     def program(values: dict[str, Array], weights: Mapping[str, Array]) -> list[Array]:
         values = dict(values)
-        context = Context(dict(sizes), jnp.broadcast_to(jnp.arange(sizes["t"], dtype=jnp.int32), (sizes["b"], sizes["t"])))
+        context = Context(
+            dict(sizes), jnp.broadcast_to(jnp.arange(sizes["t"], dtype=jnp.int32), (sizes["b"], sizes["t"]))
+        )
         for op in ops:
             mine = {role: weights[name] for role, name in op.params.items()}
             results = apply(op, [values[i] for i in op.inputs], mine, context)
@@ -37,6 +39,16 @@ def run_region(
         return [values[graph.find(r)].astype(jnp.float32) for r in roots]
 
     return [np.asarray(x) for x in jax.jit(program)(given, weights)]  # compiled whole: far quicker than op by op
+
+
+def constant_of(graph: Graph, name: str) -> np.ndarray | None:
+    """The fixed array that a parameter is, in the parameter's own shape; None for a weight."""
+    param = graph.params[name]
+    array = graph.constants.get(param.path)
+    if array is None:
+        return None
+    moved = array if param.perm is None else array.transpose(param.perm)
+    return moved.reshape([evaluate(size, {}) for size in param.type.shape])
 
 
 def region(graph: Graph, roots: Iterable[str], stop: Iterable[str], limit: int = 1 << 30) -> list[Op]:
@@ -67,9 +79,7 @@ def signature(graph: Graph, roots: Sequence[str], feeds: Sequence[str]) -> str:
     for op in region(graph, roots, names):
         params = ",".join(str(graph.params[p].type) for p in op.params.values())
         operands = ",".join(names.get(i, f"?{i}") for i in op.inputs)
-        lines.append(
-            f"{op.kind}({operands})[{params}]{sorted(op.attrs.items(), key=str)}->{op.outputs[0].type}"
-        )
+        lines.append(f"{op.kind}({operands})[{params}]{sorted(op.attrs.items(), key=str)}->{op.outputs[0].type}")
         names.update((v.name, f"${len(lines)}.{k}") for k, v in enumerate(op.outputs))
     return "\n".join([*lines, ",".join(names.get(graph.find(r), "?") for r in roots)])
 
@@ -92,6 +102,4 @@ def close(x: np.ndarray, y: np.ndarray, tolerance: float = 2e-5) -> bool:
     """Equal to a part of the range; arrays that are not finite never are."""
     if x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
         return False
-    return bool(
-        np.max(np.abs(x - y), initial=0.0) <= tolerance * max(1e-3, float(np.max(np.abs(y), initial=0.0)))
-    )
+    return bool(np.max(np.abs(x - y), initial=0.0) <= tolerance * max(1e-3, float(np.max(np.abs(y), initial=0.0))))

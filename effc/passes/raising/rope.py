@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from effc.frontend.graph import Graph
+from effc.frontend.simplify import reshaped, transposed
 from effc.ir.core import Attr, Op
 from effc.ir.interpret import shape_of
 from effc.ir.ops import ELEMENTWISE
 from effc.ir.tokens import Dep, dependence, token_axes
-from effc.ir.types import Type, name_dim
-from effc.passes.raising.probe import region, run_region, signature
+from effc.ir.types import Size, Type, depends, divide, evaluate, name_dim, product
+from effc.passes.raising.probe import constant_of, region, run_region, signature
 
 B, T = name_dim("b"), name_dim("t")
 MOVES = ELEMENTWISE | {
@@ -46,7 +47,7 @@ def raise_ropes(graph: Graph, context: int) -> None:
         return
     for op in reversed(ops):
         name = op.outputs[0].name
-        if op.kind in ANCHORS and name == graph.find(name) and len(op.out.type.shape) == 4:
+        if op.kind in ANCHORS and name == graph.find(name) and _place(op.out.type) is not None:
             _raise(graph, name, positions[0], deps, known, tables, context)
 
 
@@ -63,17 +64,54 @@ def _raise(
             continue
         if found not in tables:
             tables[found] = _table(graph, positions, found)
-        attrs: dict[str, Attr] = {} if found.style == "half" else {"style": found.style}
-        op = graph.op(y)
-        (made,) = graph.add(
-            "rope", [x, *tables[found]], graph.type(y), attrs=attrs, loc=op.loc if op else None
-        )
-        graph.become(y, made)
+        graph.become(y, _rope(graph, x, graph.op(y), tables[found], found.style))
         return
 
 
+def _rope(graph: Graph, x: str, y: Op | None, table: list[str], style: str) -> str:
+    """x turned: brought to the axes that `rope` takes, and back."""
+    type, place = graph.type(x), _place(graph.type(x))
+    assert place is not None
+    attrs: dict[str, Attr] = {} if style == "half" else {"style": style}
+    split = (*type.shape[: place.batch], B, *place.merged, *type.shape[place.batch + 1 :])
+    order = place.order(len(split))
+    moved = transposed(graph, reshaped(graph, x, split), order)
+    shape = graph.type(moved).shape
+    four = Type(graph.type(y.outputs[0].name if y else x).dtype, (B, T, product(shape[2:-1]), shape[-1]))
+    (made,) = graph.add(
+        "rope", [reshaped(graph, moved, four.shape), *table], four, attrs=attrs, loc=y.loc if y else None
+    )
+    back = tuple(order.index(a) for a in range(len(order)))
+    return reshaped(graph, transposed(graph, reshaped(graph, made, shape), back), type.shape)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which axis holds the sequences, perhaps times heads, and which the tokens; the last is a head's width."""
+
+    batch: int
+    token: int
+    merged: tuple[Size, ...]
+
+    def order(self, rank: int) -> tuple[int, ...]:
+        """Sequences, tokens, then the rest, once merged axes are apart."""
+        token = self.token + (len(self.merged) if self.token > self.batch else 0)
+        return (self.batch, token, *(a for a in range(rank) if a not in (self.batch, token)))
+
+
+def _place(type: Type) -> Place | None:
+    """Where a value [..., width] holds sequences and tokens; None where it could not be turned."""
+    batch, tokens = [a for a, size in enumerate(type.shape) if depends(size, "b")], token_axes(type)
+    if len(batch) != 1 or len(tokens) != 1 or batch == tokens or type.shape[tokens[0]] != T:
+        return None
+    heads = divide(type.shape[batch[0]], B)
+    if heads is None or len(type.shape) - 1 in (batch[0], tokens[0]) or not isinstance(type.shape[-1], int):
+        return None
+    return Place(batch[0], tokens[0], () if heads == 1 else (heads,))
+
+
 def _sources(graph: Graph, y: str, positions: str, deps: dict[str, Dep]) -> Iterator[str]:
-    """Values [b,t,h,d] that y may rotate: of its shape, and with positions all it depends on."""
+    """Values that y may rotate: of its shape, and with positions all it depends on."""
     shape = graph.type(y).shape
     queue, seen = [y], set[str]()
     while queue and len(seen) < SPAN:
@@ -101,12 +139,11 @@ def _only(graph: Graph, y: str, x: str, positions: str, deps: dict[str, Dep]) ->
 
 def _rotation(graph: Graph, x: str, y: str, positions: str, context: int) -> Rotation | None:
     """The rotation that y applies to x, from what becomes of unit vectors at chosen positions."""
-    type = graph.type(x)
-    width = type.shape[-1]
-    if not isinstance(width, int) or width > 1024 or token_axes(type) != [1] or type.shape[0] != B:
+    place, width = _place(graph.type(x)), graph.type(x).shape[-1]
+    if place is None or not isinstance(width, int) or width > 1024:
         return None
     at = np.array([p for p in (0, 1, 2, 7, 64, 1000, 8000) if p < context], np.int32)
-    maps = _maps(graph, x, y, positions, width, at)
+    maps = _maps(graph, x, y, positions, place, at)
     if maps is None or not np.allclose(maps[0], np.diag(np.diag(maps[0])), atol=1e-6):
         return None
     for style in ("half", "interleaved"):
@@ -116,24 +153,36 @@ def _rotation(graph: Graph, x: str, y: str, positions: str, context: int) -> Rot
     return None
 
 
-def _maps(graph: Graph, x: str, y: str, positions: str, width: int, at: np.ndarray) -> np.ndarray | None:
+def _maps(
+    graph: Graph, x: str, y: str, positions: str, place: Place, at: np.ndarray
+) -> np.ndarray | None:  # fmt: skip
     """[position, width in, width out] for one head: y is linear in x at each position."""
+    width = evaluate(graph.type(x).shape[-1], {})
     sizes = {"b": width, "t": len(at)}
-    shape = shape_of(graph.type(x), sizes)
-    eye = np.broadcast_to(np.eye(width, dtype=np.float32)[:, None, None, :], shape)
-    params = {}
-    for op in region(graph, [y], [x, positions]):
-        for name in op.params.values():
-            if graph.params[name].path not in graph.constants:
-                return None
-            params[name] = graph.constants[graph.params[name].path]
+    eye = _each_unit(shape_of(graph.type(x), sizes), place, width)
+    names = [name for op in region(graph, [y], [x, positions]) for name in op.params.values()]
+    params = {name: constant_of(graph, name) for name in names}
+    if any(array is None for array in params.values()):
+        return None
     feeds = {x: eye, positions: np.broadcast_to(at, (width, len(at)))}
     out, twice = (run_region(graph, [y], {**feeds, x: eye * k}, sizes, params)[0] for k in (1, 2))
+    split = (*out.shape[: place.batch], width, out.shape[place.batch] // width, *out.shape[place.batch + 1 :])
+    token = place.token + (place.token > place.batch)
+    turned = np.moveaxis(out.reshape(split), (place.batch, token), (0, 1)).reshape(width, len(at), -1, width)
     if not np.allclose(twice, 2 * out, atol=1e-5) or not np.array_equal(
-        out, np.broadcast_to(out[:, :, :1], out.shape)
+        turned, np.broadcast_to(turned[:, :, :1], turned.shape)
     ):
         return None
-    return out[:, :, 0].transpose(1, 0, 2)
+    return turned[:, :, 0].transpose(1, 0, 2)
+
+
+def _each_unit(shape: tuple[int, ...], place: Place, width: int) -> np.ndarray:
+    """An array in which sequence k holds the k-th unit vector everywhere."""
+    heads = shape[place.batch] // width
+    rows = np.repeat(np.eye(width, dtype=np.float32), heads, axis=0)
+    apart = [1] * len(shape)
+    apart[place.batch], apart[-1] = width * heads, width
+    return np.broadcast_to(rows.reshape(apart), shape)
 
 
 def _read(maps: np.ndarray, at: np.ndarray, width: int, style: str) -> Rotation | None:
