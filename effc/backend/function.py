@@ -10,7 +10,7 @@ from effc.backend import syntax
 from effc.backend.plan import Block, Plan, by_call, by_token, last_mixing, mentions, reads, steps
 from effc.backend.syntax import Expr, Names, Statement, call, code, expr, item, literal
 from effc.errors import EffcError, nearest
-from effc.ir.core import Func, Op, Ref, Value
+from effc.ir.core import Attr, Func, Op, Ref, Value
 from effc.ir.ops import attribute
 from effc.ir.types import Type
 from effc.runtime import primitives
@@ -289,15 +289,17 @@ class Body:
         return syntax.function(title, own, [*body, syntax.give([syntax.sequence(results)] if whole else results)])
 
     def _repeat(self, op: Op) -> Statements:
-        target, times, start = (attribute(op, name) for name in ("block", "times", "start"))
-        assert isinstance(target, Ref) and isinstance(times, int) and isinstance(start, int)
+        target, times, start, order = (attribute(op, name) for name in ("block", "times", "start", "order"))
+        assert (
+            isinstance(target, Ref) and isinstance(times, int) and isinstance(start, int) and isinstance(order, tuple)
+        )
         block, carry = self.plan.blocks[target.name], len(op.outputs)
         outputs = [self.names.new(value.name) for value in op.outputs]
         first = [self.value(name) for name in op.inputs[:carry]]
         rest = [self.value(name) for name in op.inputs[carry:]]
         args = self._arguments(block, [*map(syntax.name, outputs), *rest])
         begin = first[0] if carry == 1 else syntax.sequence(first).with_changes(lpar=[], rpar=[])
-        over = [self._layers(group, start, times) for group in block.groups] or [expr(f"range({times})")]
+        over = [self._layers(group, start, times, order) for group in block.groups] or [expr(f"range({times})")]
         body = [syntax.assign(outputs, call(block.title, args))]
         names = list(block.layer_names().values()) or ["_"]
         return [
@@ -305,9 +307,12 @@ class Body:
             syntax.loop(names, over[0] if len(over) == 1 else call("zip", over), body),
         ]
 
-    def _layers(self, group: str, start: int, times: int) -> Expr:
-        """`params["layers"]`, or the part of it that is run."""
+    def _layers(self, group: str, start: int, times: int, order: tuple[Attr, ...]) -> Expr:
+        """`params["layers"]`, the part of it that is run, or what the order names of it."""
         whole = item("params", group)
+        if order and self.plan.length(group) != len(order):
+            names = code(literal(order[start : start + times]))
+            return expr(f"[{code(whole)}[i] for i in {names}]")
         return (
             whole if (start, times) == (0, self.plan.length(group)) else expr(f"{code(whole)}[{start}:{start + times}]")
         )

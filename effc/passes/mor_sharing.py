@@ -97,11 +97,9 @@ def spans(layers: int, recursions: int, share: Share) -> list[tuple[int, int]]:
     return [(first, first + length - 1) for first in range(layers - length + 1)]
 
 
-def unique_parameters(folding: Folding, per_layer: int, own: int = 0, relaxed: int = 0) -> int:
-    """Parameters of a folded stack: per_layer of each array, and for every layer `own` that are not shared;
-    for every layer of the span `relaxed` of its low-rank deltas."""
-    span = folding.size * folding.recursions
-    return folding.unique * per_layer + folding.layers * own + span * relaxed
+def unique_parameters(folding: Folding, per_layer: int, own: int = 0) -> int:
+    """Parameters of a folded stack: per_layer for each shared array, `own` for every layer (norms, deltas)."""
+    return folding.unique * per_layer + folding.layers * own
 
 
 def _stepwise(folding: Folding) -> list[tuple[int, ...]]:

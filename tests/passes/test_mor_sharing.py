@@ -87,7 +87,7 @@ def test_the_spans_that_auto_ranks():
 def test_unique_parameters_by_formula():
     folding = fold(12, 2, "middle-cycle", None)
     assert unique_parameters(folding, 100) == 700
-    assert unique_parameters(folding, 100, own=3, relaxed=10) == 700 + 36 + 100
+    assert unique_parameters(folding, 100, own=3) == 700 + 36
     assert unique_parameters(Folding(12, 0, 6, 2), 1) == 6
 
 
