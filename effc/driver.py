@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from effc import artifact, evaluate, speed
+from effc import artifact, evaluate, healing, speed
 from effc.artifact import WEIGHTS, effc_version, staged, write_manifest, write_texts
 from effc.backend.to_python import emit, load_program
 from effc.clock import Clock
@@ -29,11 +29,13 @@ from effc.ir.core import Module
 from effc.memory import peak_bytes
 from effc.passes import runner
 from effc.passes.base import Exactness, Pass, PassError
+from effc.passes.context import Context
 from effc.passes.runner import Step, Watch
 from effc.passes.weight_rules import coded
 from effc.pipeline import Pipeline
 from effc.plan import Plan, side
 from effc.report import PassReport, Report, Side, Speed
+from effc.runtime.train.budget import Budget
 from effc.runtime.weights import load_params
 from effc.weights import Store, elements, nbytes, open_safetensors, write_safetensors
 
@@ -41,6 +43,7 @@ TOLERANCE = 1e-3
 """How far an exact pass may move logits, as a share of their range: f32 rounding through deep models."""
 
 PROBE_TOKENS = 32
+TRAIN_WINDOW = 256
 EXPORT_TOKENS = 1024
 
 
@@ -60,6 +63,10 @@ class Settings:
     speed: bool = True
     dump: Path | None = None
     print_ir: bool = False
+    heal: str = ""
+    """Training of all passes together: `500` steps, `10m`, `90s`; empty is what each pass takes by default."""
+    work: Path | None = None
+    """Where checkpoints of training go; without it a folder beside the artifact that goes when all is done."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class State:
 def optimize(source: Source, out: Path, settings: Settings | None = None, console: Console | None = None) -> Report:
     """Compile `source` into an artifact at `out`; nothing is left there unless all goes well."""
     settings, clock = settings or Settings(), Clock(console)
-    pipeline = Pipeline.parse(settings.passes)
+    pipeline, asked = _asked(settings)
     artifact.check_free(out, settings.force)
     text, calib = evaluation_text(source, settings), _hash_of(settings.calib)
     with clock.step("lower"):
@@ -98,7 +105,8 @@ def optimize(source: Source, out: Path, settings: Settings | None = None, consol
                     origin = _written(origin, spool / "input", advance)
             with clock.step("passes"):
                 start = _start(origin, edited)
-                final, passes = run_passes(start, pipeline, text, spool, _watcher(settings))
+                context = _context(source, start, settings, text, work_folder(out, settings), console)
+                final, passes = run_passes(start, pipeline, context, asked, spool, _watcher(settings))
             with clock.step("write", nbytes(final.module)) as advance:
                 final = _placed(final, work, advance)
                 origin = final if final.module == origin.module else origin
@@ -128,13 +136,15 @@ def optimize(source: Source, out: Path, settings: Settings | None = None, consol
         )
         artifact.write_report(work, report.json(), report.html())
         write_manifest(work, _manifest(source, settings, report, text, calib, files, final))
+    if settings.work is None:
+        shutil.rmtree(work_folder(out, settings), ignore_errors=True)
     return report
 
 
 def plan(source: Source, settings: Settings | None = None) -> Plan:
     """What `optimize` would do; reads no weights and writes nothing but dumps that are asked for."""
     settings = settings or Settings()
-    pipeline = Pipeline.parse(settings.passes)
+    pipeline, _ = _asked(settings)
     lowered = lower(source)
     edited = edited_module(lowered.module, settings.ir)
     start = edited or lowered.module
@@ -159,19 +169,58 @@ def transform(
 
 
 def run_passes(
-    start: State, pipeline: Pipeline, text: Windows, spool: Path, watch: Watch
+    start: State, pipeline: Pipeline, context: Context, asked: Budget | None, spool: Path, watch: Watch
 ) -> tuple[State, list[PassReport]]:
-    """Every pass on structure and arrays, each held to its exactness on real tokens."""
-    state, reports = start, list[PassReport]()
-    watch("input", state.module)
-    probe = _Probe(text)
-    probe.see("input", state)
-    for made_by in pipeline.ordered():
-        step = runner.step(made_by, state.module)
-        watch(made_by.name, step.after)
-        state = _with_arrays(step, state, spool / made_by.name)
-        reports.append(_reported(step, probe.hold(made_by, step, state)))
-    return state, reports
+    """Every pass on structure and arrays, each held to its exactness on real tokens; then heal, then calibrate."""
+    run = _Run(start, context, spool, watch)
+    ordered = pipeline.ordered()
+    for made_by in filter(healing.before_healing, ordered):
+        run.step(made_by)
+    run.heal(ordered, asked)
+    for made_by in ordered:
+        if not healing.before_healing(made_by):
+            run.step(made_by)
+    run.calibrate(ordered)
+    return run.state, list(run.reports.values())
+
+
+class _Run:
+    """The state as passes run, and what is to be said of each."""
+
+    def __init__(self, start: State, context: Context, spool: Path, watch: Watch):
+        self.state, self.context, self.spool, self.watch = start, context, spool, watch
+        self.reports: dict[str, PassReport] = {}
+        watch("input", start.module)
+        self.probe = _Probe(context.heldout)
+        self.probe.see("input", start)
+
+    def step(self, made_by: Pass) -> None:
+        step = runner.step(made_by, self.state.module)
+        self.watch(made_by.name, step.after)
+        self.state = _with_arrays(step, self.state, self.spool / made_by.name)
+        gap = None if step.after == step.before else self.probe.hold(made_by, self.state)
+        self.reports[made_by.name] = _reported(step, gap)
+
+    def heal(self, passes: Sequence[Pass], asked: Budget | None) -> None:
+        store = healing.heal(self.state.module, self.state.store, passes, self.context, asked, self._trained)
+        if store is not self.state.store:
+            self.watch("heal", self.state.module)
+
+    def _trained(self, made_by: Pass, store: Store) -> Store:
+        self.state = _written(State(self.state.module, store), self.spool / f"heal-{made_by.name}")
+        gap, runs = self.probe.hold(made_by, self.state), healing.trained(self.context, made_by)
+        self.reports[made_by.name] = replace(self.reports[made_by.name], gap=gap, trained=runs)
+        return self.state.store
+
+    def calibrate(self, passes: Sequence[Pass]) -> None:
+        before = self.state
+        module, said = healing.calibrate(before.module, before.store, passes, self.context)
+        for name, notes in said.items():
+            report = self.reports[name]
+            self.reports[name] = replace(report, choices=[*report.choices, *notes.choices])
+        if module != before.module:
+            self.state = replace(before, module=module)
+            self.watch("calibrate", module)
 
 
 def _with_arrays(step: Step, state: State, spool: Path) -> State:
@@ -194,10 +243,8 @@ class _Probe:
         self.logits = evaluate.logits(state.side, self.tokens)
         evaluate.check_finite(self.logits, where)
 
-    def hold(self, made_by: Pass, step: Step, state: State) -> float | None:
+    def hold(self, made_by: Pass, state: State) -> float:
         """How far the pass moved the logits, as a share of their range; PassError where it must not."""
-        if step.after == step.before:
-            return None
         before = self.logits
         self.see(made_by.name, state)
         gap = evaluate.gap(before, self.logits)
@@ -212,6 +259,39 @@ class _Probe:
 def _reported(step: Step, gap: float | None) -> PassReport:
     made_by, notes = step.made_by, step.notes
     return PassReport(str(made_by), str(made_by.exactness), step.seconds, notes.choices, notes.skips, gap)
+
+
+def _asked(settings: Settings) -> tuple[Pipeline, Budget | None]:
+    """The pipeline, and the budget for its training where one was given."""
+    pipeline = Pipeline.parse(settings.passes)
+    asked = Budget.parse(settings.heal) if settings.heal else None
+    healing.check_asked(pipeline, asked)
+    return pipeline, asked
+
+
+def work_folder(out: Path, settings: Settings) -> Path:
+    """What training leaves there survives an interruption; the same command goes on from it."""
+    return settings.work or out.with_name(f".{out.name}.effc-work")
+
+
+def _context(
+    source: Source, start: State, settings: Settings, text: Windows, folder: Path, console: Console | None
+) -> Context:
+    """For passes that train or calibrate."""
+    context = start.module.meta.get("context")
+    window = min(TRAIN_WINDOW, context) if isinstance(context, int) and context > 0 else TRAIN_WINDOW
+    return Context(
+        name="",
+        teacher_module=start.module,
+        teacher_store=start.store,
+        tokenizer=Tokenizer(source.tokenizer, source.name) if source.tokenizer else None,
+        heldout=text,
+        calib=evaluate.read_text(settings.calib)[0] if settings.calib else None,
+        folder=folder,
+        seed=settings.seed,
+        window=window,
+        console=console,
+    )
 
 
 def _watcher(settings: Settings) -> Watch:
@@ -334,7 +414,9 @@ def _notes(pipeline: Pipeline, settings: Settings, source: Source, lowering: Seq
     notes = [pipeline.order_note()] if pipeline.order_note() else []
     if source.tokenizer is None:
         notes.append("the model has no tokenizer: only the comparison with the input model means something")
-    if settings.calib:
+    asked = Budget.parse(settings.heal) if settings.heal else None
+    notes += healing.notes(pipeline, asked)
+    if settings.calib and not (healing.training(pipeline.passes) or healing.calibrating(pipeline.passes)):
         notes.append(f"{settings.calib.name} is not used: no pass of this pipeline calibrates")
     if settings.ir:
         notes.append(f"the IR is that of {settings.ir.name}, edited by hand")

@@ -106,7 +106,7 @@ def read_text(path: Path | None) -> tuple[str, str]:
 def windows(tokenizer: Tokenizer, text: str, *, window: int = WINDOW, tokens: int = 0, source: str = "") -> Windows:
     """The first `tokens` tokens of the text (0: all) in windows; EffcError for too short a text."""
     bare = tokenizer.rust.encode(_enough(text, tokens), add_special_tokens=False)
-    head = _prefix(tokenizer)
+    head = prefix(tokenizer)
     ids, ends = bare.ids[: tokens or None], [0, *(end for _, end in bare.offsets)]
     body = min(window - len(head), len(ids))
     if body < 2:
@@ -132,7 +132,7 @@ def _enough(text: str, tokens: int) -> str:
     return text[: 40 * tokens] if tokens else text
 
 
-def _prefix(tokenizer: Tokenizer) -> list[int]:
+def prefix(tokenizer: Tokenizer) -> list[int]:
     """What the tokenizer puts before every text."""
     plain, whole = (tokenizer.rust.encode("a", add_special_tokens=on).ids for on in (False, True))
     place = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)

@@ -58,11 +58,13 @@ class PassReport:
     choices: Sequence[str] = ()
     skips: Sequence[tuple[str, str]] = ()
     gap: float | None = None
+    trained: Sequence[Mapping[str, Any]] = ()
+    """Runs of training: steps, seconds, tokens/s, looks at quality on the way, losses."""
 
     def json(self) -> dict[str, Any]:
         """Every field by name."""
         skips = [{"what": what, "why": why} for what, why in self.skips]
-        return asdict(self) | {"choices": list(self.choices), "skips": skips}
+        return asdict(self) | {"choices": list(self.choices), "skips": skips, "trained": list(self.trained)}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,13 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--passes", default="", help="what to do, in any order: quant4{group=64},fuse (see effc passes)"
     )
     parser.add_argument("--eval", type=Path, metavar="FILE", help="text to measure perplexity and KL on")
-    parser.add_argument("--calib", type=Path, metavar="FILE", help="text for passes that calibrate")
+    parser.add_argument("--calib", type=Path, metavar="FILE", help="text for passes that train or calibrate")
+    parser.add_argument(
+        "--heal", default="", metavar="BUDGET", help="training of all passes together: 10m, 90s, 500 steps"
+    )
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="keep checkpoints of training here; the same command resumes"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
     parser.add_argument("--no-speed", action="store_true", help="leave tokens/s out of the report")
     parser.add_argument("--export", action="store_true", help="also write StableHLO programs (jax.export)")
@@ -75,4 +81,6 @@ def _settings(args: argparse.Namespace) -> Settings:
         speed=not args.no_speed,
         dump=args.dump,
         print_ir=args.print_ir_after_all,
+        heal=args.heal,
+        work=args.work,
     )

@@ -10,11 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import IntEnum
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from effc.errors import EffcError, nearest
 from effc.ir.core import Module
 from effc.weights import Lazy, Store
+
+if TYPE_CHECKING:
+    from effc.passes.context import Context
 
 
 class Exactness(IntEnum):
@@ -123,6 +126,22 @@ class Pass(ABC):
 
     def ensures(self, before: Module, after: Module) -> None:  # noqa: B027
         """Raise PassError where a promise was broken."""
+
+    def training_minutes(self) -> float:
+        """How long it trains unless --heal says otherwise; 0 where it trains nothing, and `train` is not called."""
+        return 0.0
+
+    def train(self, module: Module, store: Store, context: Context) -> Store:
+        """In the phase `heal`, the module as it is then (passes of phases before it have run): trained arrays."""
+        return store
+
+    def calibrates(self) -> bool:
+        """Whether `calibrate` is to be called."""
+        return False
+
+    def calibrate(self, module: Module, store: Store, context: Context, notes: Notes) -> Module:
+        """In the phase `calibrate`, last of all: the final module with measured numbers in its attributes."""
+        return module
 
     def __str__(self) -> str:
         given = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -1,0 +1,197 @@
+"""What passes that train or calibrate are given: text, a teacher, a budget, and `fit` with a progress bar."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from effc.backend.to_python import emit, load_program
+from effc.errors import EffcError
+from effc.evaluate import Windows, prefix, vocab_of
+from effc.frontend.tokenizer import Tokenizer
+from effc.ir.core import Module
+from effc.runtime.engine import Engine
+from effc.runtime.program import Program
+from effc.runtime.qarray import QArray
+from effc.runtime.train.budget import Budget
+from effc.runtime.train.data import windows
+from effc.runtime.train.history import Fitted, Row
+from effc.runtime.train.judge import judge
+from effc.runtime.train.loop import Evaluate, fit
+from effc.runtime.train.own import OwnText
+from effc.runtime.train.plan import Batches, Loss, Plan, Tree
+from effc.runtime.train.tree import by_name
+from effc.runtime.weights import load_params
+from effc.weights import Lazy, Store, parts, write_safetensors
+
+LOOKED_AT = 4096
+"""Tokens of the evaluation text that are scored before, during and after training."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A module ready to run: its program, and its arrays as the program takes them (floats as f32)."""
+
+    module: Module
+    program: Program
+    params: Tree
+
+    @staticmethod
+    def of(module: Module, store: Mapping[str, Lazy]) -> Model:
+        """Reads every array once."""
+        program = load_program(emit(module))
+        with tempfile.TemporaryDirectory(prefix="effc-") as folder:
+            file = Path(folder) / "model.safetensors"
+            write_safetensors(file, module, store)
+            params = load_params(file, program.params)
+        return Model(module, program, jax.tree.map(_wide, params, is_leaf=lambda x: isinstance(x, QArray)))
+
+    def store(self, params: Tree, before: Store) -> Store:
+        """`before` with every dense array of floats taken from the tree, in the module's own dtypes."""
+        arrays = by_name(self.program.params, params)
+        floats = [name for name, (one, *_) in arrays.items() if _is_float(one)]
+        return before.replace([_lazy(self.module, name, arrays[name]) for name in floats], self.module)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Handed to `Pass.train` and `Pass.calibrate`. Nothing in it is computed before it is used."""
+
+    name: str
+    teacher_module: Module
+    teacher_store: Store
+    tokenizer: Tokenizer | None
+    heldout: Windows
+    """The evaluation text: to look at, not to learn from."""
+    calib: str | None
+    """Text of --calib; without it models train on samples of their own."""
+    folder: Path
+    """Survives an interruption: checkpoints, samples."""
+    budget: Budget = field(default_factory=Budget)
+    seed: int = 0
+    window: int = 256
+    """Tokens of a training sequence, at most the model's context."""
+    console: Console | None = None
+    runs: dict[str, list[Fitted]] = field(default_factory=dict[str, list[Fitted]])
+    """What was trained, by pass: it goes into the report."""
+
+    def model(self, module: Module, store: Store) -> Model:
+        """A module of the pipeline, ready to run."""
+        return Model.of(module, store)
+
+    @cached_property
+    def teacher(self) -> Model:
+        """The input model."""
+        return Model.of(self.teacher_module, self.teacher_store)
+
+    @cached_property
+    def head(self) -> tuple[int, ...]:
+        """What the tokenizer puts before every text."""
+        return tuple(prefix(self.tokenizer)) if self.tokenizer else ()
+
+    @cached_property
+    def ids(self) -> np.ndarray | None:
+        """Tokens i32[n] of --calib; None where none was given."""
+        if self.calib is None:
+            return None
+        if self.tokenizer is None:
+            raise EffcError(f"{self.name}: --calib needs a tokenizer, and the model has none")
+        found = self.tokenizer.rust.encode(self.calib, add_special_tokens=False).ids
+        return np.asarray(found, np.int32)
+
+    @cached_property
+    def own(self) -> OwnText:
+        """Samples of the teacher."""
+        engine = Engine(self.teacher.program, self.teacher.params)
+        return OwnText(engine, self._starts(), self.window, self.seed, folder=self.folder / "own")
+
+    def batches(self, rows: int, length: int | None = None) -> Batches:
+        """{tokens i32[rows,length+1], mask}: windows of --calib, or the teacher's own samples."""
+        length = min(length or self.window, self.window)
+        if self.ids is not None:
+            return windows(self.ids, length=length, rows=rows, seed=self.seed, head=self.head)
+        return replace(self.own, length=length).batches(rows)
+
+    def prompts(self, count: int, length: int) -> np.ndarray:
+        """i32[count,length] to calibrate on: of --calib, without overlap as far as it goes, or own samples."""
+        if self.ids is None:
+            source = replace(self.own, length=length - 1)
+            return np.concatenate([source.chunk(i) for i in range(-(-count // source.rows))])[:count]
+        body = length - len(self.head)
+        places = np.random.default_rng(self.seed).permutation(len(self.ids) // body)[:count] * body
+        if len(places) < count:
+            raise EffcError(f"{self.name}: {len(self.ids)} tokens of text, want {count} x {body} to calibrate on")
+        return np.stack([[*self.head, *self.ids[at : at + body]] for at in places]).astype(np.int32)
+
+    def looks(self, program: Program) -> Evaluate:
+        """For `fit`: perplexity of the evaluation text and KL to the teacher, of these parameters."""
+        teacher = self.teacher
+        tokens, context = _some(self.heldout, LOOKED_AT), self.heldout.context
+        return judge(teacher.program.forward, teacher.params, program.forward, tokens, context)
+
+    def fit(
+        self, loss: Loss, params: Tree, batches: Batches, plan: Plan, *,
+        trainable: Tree = True, evaluate: Evaluate | None = None, tag: str = "", title: str = "",
+    ) -> Fitted:  # fmt: skip
+        """`effc.runtime.train.fit` with a progress bar, checkpoints in `folder`, and its numbers in the report."""
+        plan, tag = replace(plan, folder=self.folder / self.name), f"{self.name}|{tag}|{self.calib is None}"
+        with _bar(self.console, title or self.name) as watch:
+            fitted = fit(loss, params, batches, plan, trainable=trainable, watch=watch, evaluate=evaluate, tag=tag)
+        self.runs.setdefault(self.name, []).append(fitted)
+        return fitted
+
+    def _starts(self) -> list[int]:
+        """What a text begins with: what the tokenizer puts there, an end of text, else any token."""
+        if self.head:
+            return [self.head[-1]]
+        ends = self.tokenizer.eos_ids if self.tokenizer else ()
+        return list(ends) or list(range(vocab_of(self.teacher_module)))
+
+
+def _wide(array: jax.Array | QArray) -> jax.Array | QArray:
+    """Half floats as f32: small steps would be lost in them."""
+    return array.astype(jnp.float32) if _is_float(array) and array.dtype.itemsize == 2 else array
+
+
+def _is_float(array: Any) -> TypeGuard[jax.Array]:
+    return isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _lazy(module: Module, name: str, arrays: list[jax.Array]) -> Lazy:
+    param = module.params[name]
+    dtype = parts(param.type)[""].dtype
+    return Lazy(param, lambda i: {"": np.asarray(arrays[i]).astype(dtype)})
+
+
+def _some(text: Windows, tokens: int) -> np.ndarray:
+    """The first windows as i32[n,length]."""
+    count = max(1, tokens // text.chunks[0].shape[1])
+    return np.concatenate(text.chunks[:count])
+
+
+@contextmanager
+def _bar(console: Console | None, title: str) -> Iterator[Callable[[Row], None]]:
+    """Progress, loss and tokens/s on a terminal."""
+    if console is None or not console.is_terminal:
+        yield lambda row: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(title, total=1.0)
+
+        def show(row: Row) -> None:
+            words = f"{title}: step {row.step}, loss {row.loss:.3f}, {row.tokens / max(row.seconds, 1e-9):.0f} tokens/s"
+            progress.update(task, completed=row.progress, description=words)
+
+        yield show
