@@ -79,8 +79,22 @@ def tree(module: Module) -> dict[str, tuple[str, str]]:
             if name in module.params and name not in out:
                 head, _, rest = name.partition(".")
                 out[name] = (head, rest) if rest and head not in module.params else (func.name, name)
+    out = _by_length(module, out)
     unread = [name for name in module.params if name not in out]
     return out | {name: ("unread", name) for name in unread}
+
+
+def _by_length(module: Module, places: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """Where layers share arrays: what every layer has of its own in a group beside the shorter shared one."""
+    lengths: dict[str, set[int]] = {}
+    for name, (group, _) in places.items():
+        lengths.setdefault(group, set()).add(module.params[name].stack)
+
+    def placed(name: str, group: str, key: str) -> tuple[str, str]:
+        longer = module.params[name].stack > min(lengths[group])
+        return (f"{group}_own", key) if group and longer else (group, key)
+
+    return {name: placed(name, *place) for name, place in places.items()}
 
 
 def entries(module: Module) -> list[Func]:

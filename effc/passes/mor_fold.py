@@ -1,8 +1,8 @@
 """A stack of layers as fewer arrays: which parameters are shared, which each layer keeps, low-rank deltas.
 
 Before: repeat {block=@layer, times=12}, 12 arrays of everything.
-After:  repeat {block=@layer, times=12, order=(0,1,2,1,2,..)}, fewer arrays; what a layer has of its own
-        (norms, deltas) is stacked once a layer under another name.
+After:  repeat {block=@layer, times=12, order=(0,1,2,1,2,..)} and fewer arrays; what a layer keeps of its
+        own (norms, deltas) is still stacked once a layer.
 """
 
 from __future__ import annotations
@@ -127,31 +127,20 @@ def _averages(param: Param) -> bool:
     return param.type.dtype in BYTES and str(param.type.dtype).startswith(("f", "bf"))
 
 
-def own_name(name: str) -> str:
-    """`layers.norm1` -> `layers_own.norm1`: what each layer has of its own lies in a group of its own."""
-    head, dot, rest = name.partition(".")
-    return f"{head}_own.{rest}" if dot else f"own.{name}"
-
-
 # ---- structure
 
 
 def folded(module: Module, fold: Fold, notes: Notes) -> Module:
     """The module with the stack's arrays shared."""
-    kept = [p for p in fold.stack.params if fold.keeps(p)]
-    renamed = {p.name: own_name(p.name) for p in kept}
-    own = [replace(p, name=renamed[p.name]) for p in kept]
     deltas = [param for name in fold.relaxed() for param in _delta_params(module, fold, name)]
-    params = {n: p for n, p in module.params.items() if n not in renamed}
-    clash = next((p.name for p in [*own, *deltas] if p.name in params), None)
+    clash = next((p.name for p in deltas if p.name in module.params), None)
     if clash:
         raise PassError(f"mor: a parameter is called @{clash} already, want another name for what layers keep")
-    block = _with_deltas(module, fold, _reading(fold.stack.block, renamed))
+    block = _with_deltas(fold, fold.stack.block)
     order = replace(fold.stack.op, attrs={**fold.stack.op.attrs, "order": fold.folding.order()})
     func = replace_ops(fold.stack.func, lambda op: [order] if op is fold.stack.op else None)
-    module = replace(module, params=params).with_func(block).with_func(func)
-    _told(fold, notes, kept)
-    return module.with_params(*fold.shared(), *own, *deltas)
+    _told(fold, notes, [p for p in fold.stack.params if fold.keeps(p)])
+    return module.with_func(block).with_func(func).with_params(*fold.shared(), *deltas)
 
 
 def _told(fold: Fold, notes: Notes, kept: list[Param]) -> None:
@@ -175,33 +164,24 @@ def _ranks(relaxed: Mapping[str, int]) -> str:
     return " and ".join(map(str, sorted(set(relaxed.values()))))
 
 
-def _reading(block: Func, renamed: Mapping[str, str]) -> Func:
-    def moved(op: Op) -> Op:
-        regions = {role: replace(r, ops=tuple(map(moved, r.ops))) for role, r in op.regions.items()}
-        return replace(op, params={role: renamed.get(n, n) for role, n in op.params.items()}, regions=regions)
-
-    return replace(block, ops=tuple(map(moved, block.ops)))
-
-
 def _delta_params(module: Module, fold: Fold, name: str) -> list[Param]:
     """B [K,r] and A [r,N] in the layout of the matrix they are added to; x goes through `down` first."""
     param, rank = module.params[name], fold.relaxed()[name]
     rows, columns = param.type.shape
-    base = own_name(name)
     down, up = Type(param.type.dtype, (rows, rank)), Type(param.type.dtype, (rank, columns))
     return [
-        Param(f"{base}.b", down, fold.stack.layers, f"delta of {name}"),
-        Param(f"{base}.a", up, fold.stack.layers, f"delta of {name}"),
+        Param(f"{name}.b", down, fold.stack.layers, f"delta of {name}"),
+        Param(f"{name}.a", up, fold.stack.layers, f"delta of {name}"),
     ]
 
 
-def _with_deltas(module: Module, fold: Fold, block: Func) -> Func:
+def _with_deltas(fold: Fold, block: Func) -> Func:
     """Before: y = linear(x) [w]. After: y = linear(x) [w] + linear(linear(x) [b]) [a] (nk: [a], then [b])."""
     relaxed, names = fold.relaxed(), names_of(block)
 
     def wider(op: Op) -> list[Op] | None:
         name = op.params.get("w", "")
-        return _relaxed_ops(op, own_name(name), relaxed[name], names) if name in relaxed else None
+        return _relaxed_ops(op, name, relaxed[name], names) if name in relaxed else None
 
     return replace_ops(block, wider) if relaxed else block
 
@@ -225,10 +205,8 @@ def _relaxed_ops(op: Op, base: str, rank: int, names: Names) -> list[Op]:
 def made(fold: Fold, after: Module, store: Store) -> list[Lazy]:
     """Arrays of everything the fold made, read through those of the stack."""
     shared = [Lazy(param, _mixed(fold, store[param.name])) for param in fold.shared()]
-    kept = [p for p in fold.stack.params if fold.keeps(p)]
-    own = [Lazy(after.params[own_name(p.name)], store[p.name].read) for p in kept]
     deltas = [lazy for name in fold.relaxed() for lazy in _deltas(fold, after, store[name])]
-    return [*shared, *own, *deltas]
+    return [*shared, *deltas]
 
 
 def _mixed(fold: Fold, lazy: Lazy) -> Callable[[int], Arrays]:
@@ -248,7 +226,7 @@ def _mixed(fold: Fold, lazy: Lazy) -> Callable[[int], Arrays]:
 
 def _deltas(fold: Fold, after: Module, lazy: Lazy) -> list[Lazy]:
     """B and A of every layer: what its matrix has that the shared one lacks."""
-    base, rank, order = own_name(lazy.param.name), fold.relaxed()[lazy.param.name], fold.folding.order()
+    base, rank, order = lazy.param.name, fold.relaxed()[lazy.param.name], fold.folding.order()
     shared = _mixed(fold, lazy)
 
     @lru_cache(maxsize=1)
