@@ -6,7 +6,7 @@ weights once for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -70,6 +70,15 @@ class Piece:
     group: int = 0
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Values of functions that are to be looked at, and who looks: called with the function's name, the number
+    of the layer, and the values by name, a chunk at a time."""
+
+    names: Mapping[str, Sequence[str]]
+    see: Callable[[str, int, Mapping[str, Array]], None]
+
+
 @dataclass
 class _State:
     """One chunk on its way through the program."""
@@ -78,6 +87,7 @@ class _State:
     chunk: int
     context: Context
     values: dict[str, Array] = field(default_factory=dict[str, Array])
+    watch: Watch | None = None
 
 
 def run_chunks(
@@ -105,6 +115,29 @@ def run_groups(
             for name in [n for n in state.values if last.get(n, -1) <= at and n not in func.results]:
                 del state.values[name]
     yield from _finish(func, cut, store, states, rows)
+
+
+def look(module: Module, store: Mapping[str, Reads], chunks: Sequence[Array], watch: Watch) -> None:
+    """Run chunks through the program as far as there is something to look at; weights are read once."""
+    func = inline_calls(module, module.forward())
+    mine = watch.names.get(func.name, ())
+    states = [replace(state, watch=watch) for state in _states(func, 0, Group(chunks))]
+    last = _last_use(func)
+    for at, op in enumerate(_until(func, watch)):
+        _step(module, store, op, states)
+        for state in states:
+            seen = {value.name: state.values[value.name] for value in op.outputs if value.name in mine}
+            if seen:
+                watch.see(func.name, 0, seen)
+            for name in [n for n in state.values if last.get(n, -1) <= at]:
+                del state.values[name]
+
+
+def _until(func: Func, watch: Watch) -> tuple[Op, ...]:
+    """Ops up to the last that defines or runs what is looked at."""
+    wanted = watch.names.get(func.name, ())
+    ends = [at + 1 for at, op in enumerate(func.ops) if op.kind == "repeat" or {v.name for v in op.outputs} & {*wanted}]
+    return func.ops[: max(ends, default=0)]
 
 
 def _states(func: Func, index: int, group: Group) -> Iterator[_State]:
@@ -189,7 +222,7 @@ def _repeat(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence
     assert isinstance(ref, Ref) and isinstance(times, int) and isinstance(start, int) and isinstance(carry, int)
     block = module.funcs[ref.name]
     block = replace(block, ops=inline_calls(module, block).ops)
-    once = _block(module, store, block, attribute(op, "order"))
+    once = _block(module, store, block, attribute(op, "order"), states[0].watch)
     carried = [[state.values[name] for name in op.inputs] for state in states]
     for layer in range(start, start + times):
         for operands, results in zip(carried, once(states, carried, layer), strict=True):
@@ -199,13 +232,24 @@ def _repeat(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence
         state.values.update(zip((value.name for value in op.outputs), operands[:carry], strict=True))
 
 
-Once = Callable[[Sequence[_State], Sequence[list[Array]], int], Sequence[Sequence[Array]]]
-"""A block run on every chunk with the arrays of one layer: results a chunk."""
+Once = Callable[[Sequence[_State], Sequence[list[Array]], int], Iterable[Sequence[Array]]]
+"""A block run on every chunk with the arrays of one layer: results a chunk, one after the other."""
 
 
-def _block(module: Module, store: Mapping[str, Reads], block: Func, order: Attr | Ref) -> Once:
+def _block(module: Module, store: Mapping[str, Reads], block: Func, order: Attr | Ref, watch: Watch | None) -> Once:
     nested = any(op.kind == "repeat" for op in block.ops)
-    return _nested(module, store, block, order) if nested else _flat(module, store, block, order)
+    looked = list(watch.names.get(block.name, ())) if watch else []
+    wide = replace(block, results=(*block.results, *looked))
+    once = (_nested if nested else _flat)(module, store, wide, order)
+    if watch is None or not looked:
+        return once
+
+    def watched(states: Sequence[_State], operands: Sequence[list[Array]], layer: int) -> Iterator[Sequence[Array]]:
+        for results in once(states, operands, layer):
+            watch.see(block.name, layer, dict(zip(looked, results[len(block.results) :], strict=True)))
+            yield results[: len(block.results)]
+
+    return watched
 
 
 def _flat(module: Module, store: Mapping[str, Reads], block: Func, order: Attr | Ref) -> Once:
@@ -214,12 +258,12 @@ def _flat(module: Module, store: Mapping[str, Reads], block: Func, order: Attr |
     shared = {name: weight(store[name], 0) for name in names if not module.params[name].stack}
     compiled = _compiled(block)
 
-    def once(states: Sequence[_State], operands: Sequence[list[Array]], layer: int) -> Sequence[Sequence[Array]]:
+    def once(states: Sequence[_State], operands: Sequence[list[Array]], layer: int) -> Iterator[Sequence[Array]]:
         weights = shared | _held(module, store, block.ops, layer, order, stacked=True)
-        out = [compiled(s.context, weights, mine, layer) for s, mine in zip(states, operands, strict=True)]
+        for state, mine in zip(states, operands, strict=True):
+            yield compiled(state.context, weights, mine, layer)
         for state in states:
             _forget(state.context, f"{layer}/")
-        return out
 
     return once
 
