@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent / "effc"
 
 FLOORS: dict[str, int] = {
     "errors": 0, "memory": 0,
-    "ir": 1, "runtime": 1, "models": 1,
+    "ir": 1, "runtime": 1, "models": 1, "calibration": 1,
     "weights": 2, "timing": 2,
     "passes": 3, "frontend": 3, "backend": 3, "report": 3, "artifact": 3, "evaluate": 3,
     "pipeline": 4, "opened": 4, "plan": 4, "speed": 4, "comparing": 4, "edited": 4, "clock": 4, "listing": 4,
-    "summary": 4,
-    "healing": 5, "driver": 5, "measure": 5, "generator": 5, "doctor": 5,
+    "summary": 4, "state": 4,
+    "healing": 5, "running": 5, "driver": 5, "measure": 5, "generator": 5, "doctor": 5,
     "api": 6, "cli": 7,
 }  # fmt: skip
 """A module may import its own floor and those below."""

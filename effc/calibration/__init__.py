@@ -1,0 +1,1 @@
+"""Thresholds chosen with a guarantee: Learn-then-Test, and what a text loses by another."""
