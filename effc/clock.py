@@ -24,9 +24,14 @@ class Clock:
     @contextlib.contextmanager
     def step(self, name: str, total: float | None = None) -> Iterator[Advance]:
         """Time the body; what it yields advances the bar towards `total`. Memory is given back at its end."""
-        start = time.perf_counter()
-        with self._bar(name, total) as advance:
+        with self.timed(name), self._bar(name, total) as advance:
             yield advance
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """As `step`, for a body that draws bars of its own."""
+        start = time.perf_counter()
+        yield
         give_back()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         if self.console:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,22 +27,22 @@ from effc.frontend.tokenizer import Tokenizer
 from effc.ir.core import Module
 from effc.memory import peak_bytes
 from effc.passes import runner
-from effc.passes.base import Exactness, Pass, PassError
+from effc.passes.base import Exactness
 from effc.passes.context import Context
 from effc.passes.runner import Step, Watch
 from effc.passes.weight_rules import coded
 from effc.pipeline import Pipeline
 from effc.plan import Plan, side
-from effc.report import PassReport, Report, Side, Speed
+from effc.report import Report, Side, Speed
+from effc.running import PROBE_TOKENS, run_passes
 from effc.runtime.train.budget import Budget
 from effc.runtime.weights import load_params
-from effc.weights import Store, elements, nbytes, open_safetensors, write_safetensors
+from effc.state import State, placed, scratch, written
+from effc.weights import elements, nbytes
 
-TOLERANCE = 1e-3
-"""How far an exact pass may move logits, as a share of their range: f32 rounding through deep models."""
-
-PROBE_TOKENS = 32
 TRAIN_WINDOW = 256
+"""Tokens of a training sequence; one less than the context where that is shorter: the last one is only told."""
+
 EXPORT_TOKENS = 1024
 
 
@@ -69,20 +68,6 @@ class Settings:
     """Where checkpoints of training go; without it a folder beside the artifact that goes when all is done."""
 
 
-@dataclass(frozen=True)
-class State:
-    """A module and its arrays, and the files they lie in where they were written."""
-
-    module: Module
-    store: Store
-    files: tuple[Path, ...] = ()
-
-    @property
-    def side(self) -> evaluate.Side:
-        """As the evaluator takes it."""
-        return self.module, self.store
-
-
 def optimize(source: Source, out: Path, settings: Settings | None = None, console: Console | None = None) -> Report:
     """Compile `source` into an artifact at `out`; nothing is left there unless all goes well."""
     settings, clock = settings or Settings(), Clock(console)
@@ -98,17 +83,16 @@ def optimize(source: Source, out: Path, settings: Settings | None = None, consol
         lowered = replace(lowered, traced=None)  # the model's own program is large and has been compared
     notes = _notes(pipeline, settings, source, lowered.notes)
     with staged(out, settings.force) as work:
-        with _scratch(work) as spool:
+        with scratch(work) as spool:
             origin = State(lowered.module, lowered.store)
             if settings.speed:
                 with clock.step("read", nbytes(origin.module)) as advance:
-                    origin = _written(origin, spool / "input", advance)
-            with clock.step("passes"):
-                start = _start(origin, edited)
-                context = _context(source, start, settings, text, work_folder(out, settings), console)
-                final, passes = run_passes(start, pipeline, context, asked, spool, _watcher(settings))
+                    origin = written(origin, spool / "input", advance)
+            start = _start(origin, edited)
+            context = _context(source, start, settings, text, work_folder(out, settings), console)
+            final, passes = run_passes(start, pipeline, context, asked, spool, _watcher(settings), clock)
             with clock.step("write", nbytes(final.module)) as advance:
-                final = _placed(final, work, advance)
+                final = placed(final, work, advance)
                 origin = final if final.module == origin.module else origin
             with clock.step("emit"):
                 program = emit(final.module, version=effc_version(), pipeline=str(pipeline))
@@ -165,102 +149,6 @@ def transform(
     return (steps[-1].after if steps else module), steps
 
 
-# ---- passes
-
-
-def run_passes(
-    start: State, pipeline: Pipeline, context: Context, asked: Budget | None, spool: Path, watch: Watch
-) -> tuple[State, list[PassReport]]:
-    """Every pass on structure and arrays, each held to its exactness on real tokens; then heal, then calibrate."""
-    run = _Run(start, context, spool, watch)
-    ordered = pipeline.ordered()
-    for made_by in filter(healing.before_healing, ordered):
-        run.step(made_by)
-    run.heal(ordered, asked)
-    for made_by in ordered:
-        if not healing.before_healing(made_by):
-            run.step(made_by)
-    run.calibrate(ordered)
-    return run.state, list(run.reports.values())
-
-
-class _Run:
-    """The state as passes run, and what is to be said of each."""
-
-    def __init__(self, start: State, context: Context, spool: Path, watch: Watch):
-        self.state, self.context, self.spool, self.watch = start, context, spool, watch
-        self.reports: dict[str, PassReport] = {}
-        watch("input", start.module)
-        self.probe = _Probe(context.heldout)
-        self.probe.see("input", start)
-
-    def step(self, made_by: Pass) -> None:
-        step = runner.step(made_by, self.state.module)
-        self.watch(made_by.name, step.after)
-        self.state = _with_arrays(step, self.state, self.spool / made_by.name)
-        gap = None if step.after == step.before else self.probe.hold(made_by, self.state)
-        self.reports[made_by.name] = _reported(step, gap)
-
-    def heal(self, passes: Sequence[Pass], asked: Budget | None) -> None:
-        store = healing.heal(self.state.module, self.state.store, passes, self.context, asked, self._trained)
-        if store is not self.state.store:
-            self.watch("heal", self.state.module)
-
-    def _trained(self, made_by: Pass, store: Store) -> Store:
-        self.state = _written(State(self.state.module, store), self.spool / f"heal-{made_by.name}")
-        gap, runs = self.probe.hold(made_by, self.state), healing.trained(self.context, made_by)
-        self.reports[made_by.name] = replace(self.reports[made_by.name], gap=gap, trained=runs)
-        return self.state.store
-
-    def calibrate(self, passes: Sequence[Pass]) -> None:
-        before = self.state
-        module, said = healing.calibrate(before.module, before.store, passes, self.context)
-        for name, notes in said.items():
-            report = self.reports[name]
-            self.reports[name] = replace(report, choices=[*report.choices, *notes.choices])
-        if module != before.module:
-            self.state = replace(before, module=module)
-            self.watch("calibrate", module)
-
-
-def _with_arrays(step: Step, state: State, spool: Path) -> State:
-    """The state after; arrays that cost work are made once and kept on disk."""
-    store = step.made_by.weights(step.before, step.after, state.store)
-    after = State(step.after, store)
-    if step.after == step.before:
-        return state
-    return after if step.made_by.exactness < Exactness.LOSSY else _written(after, spool)
-
-
-class _Probe:
-    """Logits of a few tokens, seen again after every pass."""
-
-    def __init__(self, text: Windows):
-        self.tokens = text.chunks[0][:, :PROBE_TOKENS]
-
-    def see(self, where: str, state: State) -> None:
-        """Logits that the next pass is held against; EffcError where they are not finite."""
-        self.logits = evaluate.logits(state.side, self.tokens)
-        evaluate.check_finite(self.logits, where)
-
-    def hold(self, made_by: Pass, state: State) -> float:
-        """How far the pass moved the logits, as a share of their range; PassError where it must not."""
-        before = self.logits
-        self.see(made_by.name, state)
-        gap = evaluate.gap(before, self.logits)
-        if gap > TOLERANCE and made_by.exactness <= Exactness.DISTRIBUTION_EXACT:
-            raise PassError(
-                f"{made_by.name}: is {made_by.exactness}, but moved logits by {gap:.2g} of their range, "
-                f"want {TOLERANCE:g} at most: a bug in the pass"
-            )
-        return gap
-
-
-def _reported(step: Step, gap: float | None) -> PassReport:
-    made_by, notes = step.made_by, step.notes
-    return PassReport(str(made_by), str(made_by.exactness), step.seconds, notes.choices, notes.skips, gap)
-
-
 def _asked(settings: Settings) -> tuple[Pipeline, Budget | None]:
     """The pipeline, and the budget for its training where one was given."""
     pipeline = Pipeline.parse(settings.passes)
@@ -279,7 +167,7 @@ def _context(
 ) -> Context:
     """For passes that train or calibrate."""
     context = start.module.meta.get("context")
-    window = min(TRAIN_WINDOW, context) if isinstance(context, int) and context > 0 else TRAIN_WINDOW
+    window = min(TRAIN_WINDOW, context - 1) if isinstance(context, int) and context > 0 else TRAIN_WINDOW
     return Context(
         name="",
         teacher_module=start.module,
@@ -310,39 +198,6 @@ def _start(origin: State, edited: Module | None) -> State:
         return origin
     made = coded(origin.module, edited, origin.store, "mse")
     return State(edited, origin.store.replace(made, edited))
-
-
-# ---- arrays on disk
-
-
-def _written(state: State, folder: Path, advance: Any = None) -> State:
-    """The same module, its arrays in a file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    artifact.write_module(folder, state.module)
-    files = write_safetensors(folder / WEIGHTS, state.module, state.store, progress=advance)
-    return State(state.module, open_safetensors(folder / WEIGHTS, state.module), tuple(files))
-
-
-def _placed(state: State, work: Path, advance: Any) -> State:
-    """The arrays in the artifact: moved there where they are on disk already."""
-    if not state.files:
-        return _written(state, work, advance)
-    files = tuple(file.rename(work / file.name) for file in state.files)
-    return State(state.module, open_safetensors(work / WEIGHTS, state.module), files)
-
-
-class _scratch:
-    """A folder inside the artifact being made, gone before its files are listed."""
-
-    def __init__(self, work: Path):
-        self.work = work
-
-    def __enter__(self) -> Path:
-        self.path = Path(tempfile.mkdtemp(prefix=".scratch-", dir=self.work))
-        return self.path
-
-    def __exit__(self, *failure: object) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _export(work: Path, program: str) -> None:

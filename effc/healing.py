@@ -8,7 +8,7 @@ from typing import Any
 
 from effc.errors import EffcError
 from effc.ir.core import Module
-from effc.passes.base import Notes, Pass, PassError, Phase
+from effc.passes.base import Notes, Pass, PassError
 from effc.passes.context import Context
 from effc.passes.runner import check_module, check_writes
 from effc.pipeline import Pipeline
@@ -36,11 +36,6 @@ def budgets(passes: Sequence[Pass], asked: Budget | None) -> dict[str, Budget]:
         return {name: Budget(minutes=count) for name, count in minutes.items()}
     total = sum(minutes.values())
     return {name: asked.share(count / total) for name, count in minutes.items()}
-
-
-def before_healing(made_by: Pass) -> bool:
-    """Whether it has run when training begins."""
-    return made_by.phase <= Phase.HEAL
 
 
 def heal(

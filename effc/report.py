@@ -61,6 +61,10 @@ class PassReport:
     trained: Sequence[Mapping[str, Any]] = ()
     """Runs of training: steps, seconds, tokens/s, looks at quality on the way, losses."""
 
+    def healing(self) -> list[str]:
+        """A line for each run of training."""
+        return [f"{self.spelling} trained {_run(run)}" for run in self.trained]
+
     def json(self) -> dict[str, Any]:
         """Every field by name."""
         skips = [{"what": what, "why": why} for what, why in self.skips]
@@ -115,13 +119,22 @@ class Report:
         """What a reader must know to read the table."""
         lines = [f"{self.exactness}: {self.meaning}"]
         lines += [f"quality on {self.text}"] if self.text else []
-        return [*lines, *self.notes]
+        return [*lines, *(line for made_by in self.passes for line in made_by.healing()), *self.notes]
 
     def html(self) -> str:
         """One page that needs no other file."""
         env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         env.filters["size"] = size
         return env.from_string(resources.files("effc").joinpath("report.html").read_text()).render(report=self)
+
+
+def _run(run: Mapping[str, Any]) -> str:
+    """`500 steps in 80 s, 5100 tokens/s: perplexity 30.1 -> 21.7, kl 0.62 -> 0.13`."""
+    work = f"{run['steps']} steps in {run['seconds']:.0f} s, {run['tokens_per_second']:.0f} tokens/s"
+    looks: Sequence[Mapping[str, Mapping[str, float]]] = run["looks"]
+    names = looks[0]["values"] if looks else ()
+    told = [f"{name} " + " -> ".join(format(look["values"][name], ".4g") for look in looks) for name in names]
+    return f"{work}: {', '.join(told)}" if told else work
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Context:
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
     window: int = 256
-    """Tokens of a training sequence, at most the model's context."""
+    """Tokens of a training sequence, less than the model's context."""
     console: Console | None = None
     runs: dict[str, list[Fitted]] = field(default_factory=dict[str, list[Fitted]])
     """What was trained, by pass: it goes into the report."""
@@ -146,8 +146,9 @@ class Context:
     ) -> Fitted:  # fmt: skip
         """`effc.runtime.train.fit` with a progress bar, checkpoints in `folder`, and its numbers in the report."""
         plan, tag = replace(plan, folder=self.folder / self.name), f"{self.name}|{tag}|{self.calib is None}"
+        told = _printed(self.console, title or self.name, evaluate) if evaluate else None
         with _bar(self.console, title or self.name) as watch:
-            fitted = fit(loss, params, batches, plan, trainable=trainable, watch=watch, evaluate=evaluate, tag=tag)
+            fitted = fit(loss, params, batches, plan, trainable=trainable, watch=watch, evaluate=told, tag=tag)
         self.runs.setdefault(self.name, []).append(fitted)
         return fitted
 
@@ -178,6 +179,19 @@ def _some(text: Windows, tokens: int) -> np.ndarray:
     """The first windows as i32[n,length]."""
     count = max(1, tokens // text.chunks[0].shape[1])
     return np.concatenate(text.chunks[:count])
+
+
+def _printed(console: Console | None, title: str, evaluate: Evaluate) -> Evaluate:
+    """What it says goes to the console as well."""
+
+    def call(params: Tree) -> Mapping[str, float]:
+        values = evaluate(params)
+        if console:
+            words = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            console.print(f"{title}: {words}", highlight=False)
+        return values
+
+    return call
 
 
 @contextmanager

@@ -1,0 +1,125 @@
+"""Passes on structure and arrays, each held to its exactness; then what trains, then what calibrates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from effc import evaluate, healing
+from effc.clock import Clock
+from effc.evaluate import Windows
+from effc.passes import runner
+from effc.passes.base import Exactness, Pass, PassError, Phase
+from effc.passes.context import Context
+from effc.passes.runner import Step, Watch
+from effc.pipeline import Pipeline
+from effc.report import PassReport
+from effc.runtime.train.budget import Budget
+from effc.state import State, written
+from effc.weights import Store
+
+TOLERANCE = 1e-3
+"""How far an exact pass may move logits, as a share of their range: f32 rounding through deep models."""
+
+PROBE_TOKENS = 32
+"""Of the evaluation text: enough to see whether logits move."""
+
+
+def run_passes(
+    start: State, pipeline: Pipeline, context: Context, asked: Budget | None, spool: Path, watch: Watch, clock: Clock
+) -> tuple[State, list[PassReport]]:
+    """Every pass on structure and arrays, each held to its exactness on real tokens; then heal, then calibrate."""
+    ordered = pipeline.ordered()
+    first = [made_by for made_by in ordered if made_by.phase <= Phase.HEAL]
+    with clock.step("passes"):
+        run = _Run(start, context, spool, watch)
+        for made_by in first:
+            run.step(made_by)
+    if healing.training(ordered):
+        with clock.timed("heal"):
+            run.heal(ordered, asked)
+    with clock.step("passes"):
+        for made_by in ordered[len(first) :]:
+            run.step(made_by)
+    if healing.calibrating(ordered):
+        with clock.timed("calibrate"):
+            run.calibrate(ordered)
+    return run.state, list(run.reports.values())
+
+
+class _Run:
+    """The state as passes run, and what is to be said of each."""
+
+    def __init__(self, start: State, context: Context, spool: Path, watch: Watch):
+        self.state, self.context, self.spool, self.watch = start, context, spool, watch
+        self.reports: dict[str, PassReport] = {}
+        watch("input", start.module)
+        self.probe = _Probe(context.heldout)
+        self.probe.see("input", start)
+
+    def step(self, made_by: Pass) -> None:
+        step = runner.step(made_by, self.state.module)
+        self.watch(made_by.name, step.after)
+        self.state = _with_arrays(step, self.state, self.spool / made_by.name)
+        gap = None if step.after == step.before else self.probe.hold(made_by, self.state)
+        self.reports[made_by.name] = _reported(step, gap)
+
+    def heal(self, passes: Sequence[Pass], asked: Budget | None) -> None:
+        before = self.state.store
+        if healing.heal(self.state.module, before, passes, self.context, asked, self._trained) is not before:
+            self.watch("heal", self.state.module)
+
+    def _trained(self, made_by: Pass, store: Store) -> Store:
+        self.state = written(State(self.state.module, store), self.spool / f"heal-{made_by.name}")
+        gap, runs = self.probe.hold(made_by, self.state), healing.trained(self.context, made_by)
+        self.reports[made_by.name] = replace(self.reports[made_by.name], gap=gap, trained=runs)
+        return self.state.store
+
+    def calibrate(self, passes: Sequence[Pass]) -> None:
+        before = self.state
+        module, said = healing.calibrate(before.module, before.store, passes, self.context)
+        for name, notes in said.items():
+            report = self.reports[name]
+            self.reports[name] = replace(report, choices=[*report.choices, *notes.choices])
+        if module != before.module:
+            self.state = State(module, before.store)
+            self.watch("calibrate", module)
+
+
+def _with_arrays(step: Step, state: State, spool: Path) -> State:
+    """The state after; arrays that cost work are made once and kept on disk."""
+    store = step.made_by.weights(step.before, step.after, state.store)
+    after = State(step.after, store)
+    if step.after == step.before:
+        return state
+    return after if step.made_by.exactness < Exactness.LOSSY else written(after, spool)
+
+
+class _Probe:
+    """Logits of a few tokens, seen again after every pass."""
+
+    def __init__(self, text: Windows):
+        self.tokens = text.chunks[0][:, :PROBE_TOKENS]
+
+    def see(self, where: str, state: State) -> None:
+        """Logits that the next pass is held against; EffcError where they are not finite."""
+        self.logits = evaluate.logits(state.side, self.tokens)
+        evaluate.check_finite(self.logits, where)
+
+    def hold(self, made_by: Pass, state: State) -> float:
+        """How far the pass moved the logits, as a share of their range; PassError where it must not."""
+        before = self.logits
+        self.see(made_by.name, state)
+        gap = evaluate.gap(before, self.logits)
+        if gap > TOLERANCE and made_by.exactness <= Exactness.DISTRIBUTION_EXACT:
+            raise PassError(
+                f"{made_by.name}: is {made_by.exactness}, but moved logits by {gap:.2g} of their range, "
+                f"want {TOLERANCE:g} at most: a bug in the pass"
+            )
+        return gap
+
+
+def _reported(step: Step, gap: float | None) -> PassReport:
+    made_by, notes = step.made_by, step.notes
+    return PassReport(str(made_by), str(made_by.exactness), step.seconds, notes.choices, notes.skips, gap)
