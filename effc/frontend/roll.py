@@ -46,11 +46,11 @@ def roll(module: Module, name: str = "forward") -> Module:
 
 
 # -- order ----------------------------------------------------------------------------------------------
-LEAVES = frozenset({"const", "param"})
+LEAVES = frozenset({"const", "param", "lax.iota"})
 
 
 def structural(func: Func) -> list[Op]:
-    """Ops in the order the results ask for them, so that equal layers read alike; each literal beside its use."""
+    """Ops in the order the results ask for them, so that equal layers read alike; each leaf beside its use."""
     makers = {value.name: op for op in func.ops for value in op.outputs}
     done: set[str] = set()
     out: list[Op] = []
@@ -83,19 +83,20 @@ def _postorder(roots: Iterable[str], makers: dict[str, Op]) -> list[Op]:
             continue
         stack.append((name, True))
         stack.extend((i, False) for i in reversed(op.inputs))
-    return _hoisted(out)
+    return _hoisted(out, makers)
 
 
 def _is_root(name: str, roots: Iterable[str]) -> bool:
     return name in set(roots)
 
 
-def _hoisted(ops: list[Op]) -> list[Op]:
-    """What positions alone decide comes first: it is the same for all layers."""
-    early: set[str] = set()
+def _hoisted(ops: list[Op], makers: dict[str, Op]) -> list[Op]:
+    """What positions and literals alone decide comes first: it is the same for all layers."""
+    early: set[str] = {name for name, op in makers.items() if op.kind in LEAVES - {"param"}}
     first: list[Op] = []
     for op in ops:
-        if op.kind == "positions" or (op.inputs and all(i in early for i in op.inputs)):
+        fixed = bool(op.inputs) and not op.params and all(i in early for i in op.inputs)
+        if op.kind == "positions" or fixed or (op.kind == "rope_table" and set(op.inputs) <= early):
             early.update(value.name for value in op.outputs)
             first.append(op)
     return first + [op for op in ops if op.outputs[0].name not in early]

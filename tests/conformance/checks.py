@@ -17,7 +17,7 @@ import numpy as np
 from effc.backend.to_python import emit, load_program
 from effc.frontend import lower
 from effc.frontend.source import load_all
-from effc.ir.core import Module, Op, walk
+from effc.ir.core import Func, Module, Op, walk
 from effc.ir.types import Quant
 from effc.passes import runner
 from effc.pipeline import Pipeline
@@ -87,7 +87,8 @@ def raised(case: Case) -> str:
     left = {op.kind for func in module.funcs.values() for op in walk(func)} & LEFT
     assert left <= case.model.routing, f"left: {', '.join(sorted(left - case.model.routing))}"
     found = Counter(op.kind for op in _unrolled(module))
-    assert found["attention"] == case.model.layers, f"{found['attention']} attentions in {case.model.layers} layers"
+    wanted = case.model.layers * case.model.heads
+    assert found["attention"] == wanted, f"{found['attention']} attentions, want {wanted}"
     return ", ".join(f"{found[kind]} {kind}" for kind in ("attention", "norm", "linear", "embed"))
 
 
@@ -107,10 +108,24 @@ def _times(op: Op) -> int:
 
 
 def rolled(case: Case) -> str:
-    """One repeat holds the layers, but for a first or last that differs in its operands."""
-    repeats = [op for op in case.lowered.module.forward().ops if op.kind == "repeat"]
-    assert len(repeats) == 1, f"{len(repeats)} repeats"
-    return f"{_times(repeats[0])} times"
+    """The first repeat holds every whole unit of layers; only what is left of a last unit stands beside it."""
+    module, unit, layers = case.lowered.module, case.model.unit, case.model.layers
+    forward, heads = module.forward(), case.model.heads
+    held = [(_times(op), _attentions(module.funcs[str(op.attrs["block"]).lstrip("@")])) for op in _repeats(forward)]
+    assert held[:1] == [(layers // unit, unit * heads)], (
+        f"times, attentions: {held}, want {layers // unit}, {unit * heads}"
+    )
+    apart = _attentions(forward) + sum(times * n for times, n in held[1:])
+    assert apart == layers % unit * heads, f"{apart} attentions beside the {layers // unit} times {unit}"
+    return f"{layers // unit} times" + (f" {unit}" if unit > 1 else "") + (f" and {apart}" if apart else "")
+
+
+def _repeats(func: Func) -> list[Op]:
+    return [op for op in func.ops if op.kind == "repeat"]
+
+
+def _attentions(func: Func) -> int:
+    return sum(op.kind == "attention" for op in func.ops)
 
 
 def logits(case: Case) -> str:

@@ -28,7 +28,8 @@ class Model:
     """One of the models.
 
     routing: kinds of ops that its mixture of experts leaves as they are; kept: parameters of linears that
-    quant8 leaves on purpose; failing: why a check, by its name, is known to fail.
+    quant8 leaves on purpose; failing: why a check, by its name, is known to fail; unit: layers after which
+    they repeat; heads: attentions a layer.
     """
 
     source: str
@@ -37,6 +38,8 @@ class Model:
     routing: frozenset[str] = frozenset()
     kept: str = ""
     failing: tuple[tuple[str, str], ...] = ()
+    unit: int = 1
+    heads: int = 1
 
 
 def moved(params: Any) -> Any:
@@ -155,8 +158,8 @@ def gemma2(module: Any) -> dict[str, Any]:
 
 
 def gemma3(module: Any) -> dict[str, Any]:
-    """Five layers with a window, then one without, and one more; in f32."""
-    return {"num_embed": VOCAB, "num_layers": 7, "sliding_window_size": 6, "param_dtype": jnp.float32}
+    """Twice five layers with a window and one without, then one more; in f32."""
+    return {"num_embed": VOCAB, "num_layers": 13, "sliding_window_size": 6, "param_dtype": jnp.float32}
 
 
 def dantinox(**settings: Any) -> Callable[[], Source]:
@@ -184,7 +187,7 @@ MODELS = {
     "mistral": Model("transformers", linen("MistralForCausalLM", "MistralConfig", sliding_window=7, **LLAMA), 3),
     "gemma": Model("transformers", linen("GemmaForCausalLM", "GemmaConfig", **GEMMA), 3),
     "opt": Model("transformers", linen("OPTForCausalLM", "OPTConfig", **OPT), 3),
-    "gpt-neo": Model("transformers", linen("GPTNeoForCausalLM", "GPTNeoConfig", **GPT_NEO), 4),
+    "gpt-neo": Model("transformers", linen("GPTNeoForCausalLM", "GPTNeoConfig", **GPT_NEO), 4, unit=2),
     "gpt-j": Model("transformers", linen("GPTJForCausalLM", "GPTJConfig", rotary_dim=8, **GPT2), 3),
     "bloom": Model(
         "transformers",
@@ -205,8 +208,8 @@ MODELS = {
         routing=EXPERTS,
         kept="*.router.*",
     ),
-    "gemma2": Model("google-tunix", tunix("gemma", "Gemma", gemma2), 4),
-    "gemma3": Model("google-tunix", tunix("gemma3", "Gemma3", gemma3), 7),
+    "gemma2": Model("google-tunix", tunix("gemma", "Gemma", gemma2), 4, unit=2),
+    "gemma3": Model("google-tunix", tunix("gemma3", "Gemma3", gemma3), 13, unit=6),
     "dantinox-gqa": Model("dantinox", dantinox(attention="gqa", kv_heads=2), 3),
     "dantinox-learned": Model(
         "dantinox", dantinox(norm="layernorm", pos_encoding="learned", use_swiglu=False, weight_tying=False), 3
