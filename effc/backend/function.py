@@ -41,6 +41,8 @@ RESERVED = frozenset(
         "Step",
         "run",
         "window",
+        "running",
+        "recur",
         "b",
         "t",
         "p",
@@ -49,7 +51,7 @@ RESERVED = frozenset(
         "valid",
         "step",
     }
-    | {"forward", "extend", "main", "PARAMS", "CONTEXT", "ENTRIES"}
+    | {"forward", "extend", "main", "PARAMS", "CONTEXT", "ENTRIES", "DECODE"}
     | LAYERS
 )
 
@@ -147,9 +149,10 @@ class Body:
                 return self._call(op)
             case "positions":
                 return expr("step.positions")
-            case "window":
-                self.plan.used.add("window")
-                return call("window", [syntax.name("step"), *functions, *self._inputs(op)])
+            case "window" | "running" | "recur":
+                self.plan.used.add(op.kind)
+                told = {name: literal(value) for name, value in op.attrs.items() if name != "why"}
+                return call(op.kind, [syntax.name("step"), *functions, *self._inputs(op)], told)
             case "param":
                 return self.param(op.params["value"])
             case "const":
@@ -273,18 +276,21 @@ class Body:
     def _region(self, op: Op, title: str, region: Func) -> cst.FunctionDef:
         """A local function; inputs past those that its op gives are values of this one."""
         given = 3 if op.kind == "attention" else len(region.inputs)
+        bound_here = [code(self.value(name)) for name in op.inputs[3:]] if op.kind == "attention" else []
+        known, outer = self.names.known(), (self.types, self.scope, self.results, self.literals)
         own = [self.names.new(value.name) for value in region.inputs[:given]]
-        bound_here = op.inputs[3:] if op.kind == "attention" else ()
         for value, bound in zip(region.inputs[given:], bound_here, strict=True):
-            self.names.alias(value.name, code(self.value(bound)))
-        outer = self.types, self.scope, self.results
+            self.names.alias(value.name, bound)
         self.types, self.scope, self.results = {**self.types, **region.types()}, region.ops, region.results
+        self.literals = {}
         # In a window the region sees whole sequences: a step of its own, with no cache.
         start = [f"step = Step({own[0]})"] if op.kind == "window" and steps(self.plan.module, region) else []
         body = [*(syntax.statements(text)[0] for text in start)]
-        body += [*self._sizes(region.inputs[:given], region.ops), *self.ops(region.ops)]
+        sizes = [] if op.kind.startswith("lax.") else self._sizes(region.inputs[:given], region.ops)
+        body += [*sizes, *self.ops(region.ops)]
         results = [self.value(name) for name in region.results]
-        self.types, self.scope, self.results = outer
+        self.types, self.scope, self.results, self.literals = outer
+        self.names.restore(known)
         whole = op.kind.startswith("lax.") and len(results) == 1
         return syntax.function(title, own, [*body, syntax.give([syntax.sequence(results)] if whole else results)])
 

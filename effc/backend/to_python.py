@@ -12,7 +12,7 @@ from effc.backend import syntax
 from effc.backend.function import LAYERS, RESERVED, Body, Statements, signature
 from effc.backend.plan import Plan, entries, reached
 from effc.backend.syntax import Names
-from effc.ir.core import Func, Module
+from effc.ir.core import Func, Module, Ref
 from effc.runtime.program import Program
 
 
@@ -29,7 +29,8 @@ def load_program(source: str) -> Program:
     linecache.cache[title] = (len(source), None, source.splitlines(True), title)
     space: dict[str, Any] = {"__name__": "effc_program", "__file__": title}
     exec(compile(source, title, "exec"), space)
-    return Program(space["extend"], space["PARAMS"], space.get("CONTEXT"), space.get("ENTRIES", {}))
+    names = ("ENTRIES", "DECODE")
+    return Program(space["extend"], space["PARAMS"], space.get("CONTEXT"), *(space.get(name, {}) for name in names))
 
 
 class _Emitter:
@@ -47,7 +48,7 @@ class _Emitter:
         extend = Body(self.plan, main, None).extend()
         more = [Body(self.plan, func, None).extend(self._entry(func)) for func in others]
         forward = syntax.statements(_FORWARD.format(tokens=extend.params.params[1].name.value))[0]
-        main_parts = [syntax.statements(text)[0] for text in (*self._table(), _MAIN, _START)]
+        main_parts = [syntax.statements(text)[0] for text in (*self._table(), self._main(), _START)]
         functions = [*bodies, extend, *more, forward, *main_parts]
         body = [*self._head(), *(syntax.spaced(part, 2) for part in functions)]
         return cst.Module(body).code
@@ -55,6 +56,22 @@ class _Emitter:
     def _entry(self, func: Func) -> str:
         self.entries[func.name] = self.titles.new(func.name)
         return self.entries[func.name]
+
+    def _main(self) -> str:
+        """`main`, which gives `run` what the program has."""
+        decode = ", DECODE" if self._strategy() else ""
+        more = f", {'ENTRIES' if self.entries else 'None'}{decode}" if self.entries or decode else ""
+        return _MAIN.format(more=more)
+
+    def _strategy(self) -> list[str]:
+        """`DECODE`, where decoding is more than taking one token after another."""
+        decode = self.module.decode
+        if decode is None or decode.strategy == "greedy":
+            return []
+        attrs = {name: value.name if isinstance(value, Ref) else value for name, value in decode.attrs.items()}
+        pairs = {"strategy": decode.strategy, **attrs}
+        lines = [f"    {_quoted(name)}: {syntax.code(syntax.literal(value))}," for name, value in pairs.items()]
+        return ["\n".join(["DECODE = {", *lines, "}"]) + "\n"]
 
     def _table(self) -> list[str]:
         """`ENTRIES`, where `decode` names functions beside the forward one."""
@@ -80,12 +97,14 @@ class _Emitter:
         lines += [f"from effc.runtime.layers import {', '.join(layers)}"] * bool(layers)
         lines += ["from effc.runtime.primitives import LAX"] * ("LAX" in used)
         lines += ["from effc.runtime.program import run"]
-        lines += ["from effc.runtime.window import window"] * ("window" in used)
+        looking = sorted(used & {"window", "running", "recur"})
+        lines += [f"from effc.runtime.window import {', '.join(looking)}"] * bool(looking)
         return "\n".join(lines) + "\n"
 
     def _constants(self) -> Statements:
         context = f"CONTEXT = {self.module.meta.get('context')!r}  # tokens a sequence may hold"
-        return [syntax.spaced(syntax.statements(text)[0], 1) for text in (self._params_table(), context)]
+        texts = (self._params_table(), context, *self._strategy())
+        return [syntax.spaced(syntax.statements(text)[0], 1) for text in texts]
 
     def _params_table(self) -> str:
         """`PARAMS`: a line a parameter; nested groups are lists of one such dict a layer."""
@@ -117,7 +136,7 @@ def forward(params, {tokens}):
 _MAIN = '''
 def main():
     """Continue a prompt: python program.py [--help]."""
-    run(__file__, extend, PARAMS, CONTEXT)
+    run(__file__, extend, PARAMS, CONTEXT{more})
 '''
 
 _START = """

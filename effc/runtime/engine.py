@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,8 @@ from jax import lax
 
 from effc.errors import EffcError
 from effc.runtime.cache import Cache, cache_shapes, empty_cache
+from effc.runtime.drafters import speculation_of
+from effc.runtime.drafting import Choice
 from effc.runtime.program import Program
 from effc.runtime.sampling import Numbers, Sampling, choose, row_keys
 
@@ -50,6 +52,11 @@ class How:
     def filters(self) -> frozenset[str]:
         return self.sampling.filters
 
+    @property
+    def choice(self) -> Choice:
+        """What of it is compiled in."""
+        return Choice(self.greedy, self.filters)
+
 
 class Engine:
     """program, params, and eos: ids of tokens that end a text."""
@@ -57,11 +64,16 @@ class Engine:
     def __init__(self, program: Program, params: Any, eos: tuple[int, ...] = ()):
         keep_compiled()
         self.program, self.params, self.eos = program, params, eos
-        self.context = program.context
+        self.context, self.speculation = program.context, speculation_of(program)
         self.forward = jax.jit(program.forward)
         self.compile_seconds = 0.0
         self._shapes: dict[int, Cache] = {}
         self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    @property
+    def spare(self) -> int:
+        """Rows of a cache that drafts may take past the last token."""
+        return self.speculation.widths.most + 1 if self.speculation else 0
 
     def empty(self, batch: int, tokens: int) -> Cache:
         """A cache with room for at least this many tokens in each sequence."""
@@ -71,9 +83,7 @@ class Engine:
             self.compile_seconds += time.perf_counter() - start
         return empty_cache(self._shapes[batch], -(-tokens // ROUND) * ROUND)
 
-    def extend(
-        self, tokens: jax.Array, cache: Cache, valid: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache]:
+    def extend(self, tokens: jax.Array, cache: Cache, valid: jax.Array | None = None) -> tuple[jax.Array, Cache]:
         """Logits and the cache grown by these tokens; the cache given is used up."""
         run = self._ready("extend", self.program.extend, 2, self.params, tokens, cache, valid)
         return run(self.params, tokens, cache, valid)
@@ -84,8 +94,25 @@ class Engine:
         args = (logits, state, how.numbers, how.stops)
         return self._ready(("choose", how.greedy, how.filters), call, 1, *args)(*args)
 
+    def begin(self, state: State, how: How, prompts: Sequence[Sequence[int]], new: int) -> State:
+        """The state after the first token, with the first drafts where the program has a drafter."""
+        if self.speculation is None:
+            return state
+        draws = self.speculation.drafter.draws and not how.greedy
+        state = self.speculation.begin(state, prompts, new, draws=draws)
+        args = (self.params, state, how.numbers)
+        call = self.speculation.loop(how.choice).first
+        return self._ready(("first", how.choice), call, 1, *args)(*args)
+
     def decode(self, state: State, how: How, limit: int, chunk: int) -> tuple[State, jax.Array]:
-        """The state after up to limit <= chunk more tokens, and those i32[b,chunk], DONE where none."""
+        """The state after up to limit <= chunk more tokens a row, and those i32[b,n], DONE where none.
+
+        With a drafter rounds go on until one row has `chunk` tokens more; n is `chunk` and what a draft may add.
+        """
+        if self.speculation and "proposal" in state:
+            call = partial(self.speculation.loop(how.choice), chunk=chunk)
+            args = (self.params, state, how.numbers, how.stops)
+            return self._ready(("rounds", chunk, how.choice), call, 1, *args)(*args)
         options = {"chunk": chunk, "greedy": how.greedy, "filters": how.filters}
         call = partial(_decode, self.program.extend, **options)
         args = (self.params, state, how.numbers, how.stops, jnp.int32(limit))
@@ -93,9 +120,8 @@ class Engine:
 
     def _ready(self, what: Any, call: Callable[..., Any], donate: int, *args: Any) -> Callable[..., Any]:
         """`call` compiled for arguments like these; time spent is counted apart."""
-        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), args[1:] if args[0] is self.params else args)
-        leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 2)
-        key = (what, tuple(leaves), tree)
+        leaves, tree = jax.tree.flatten(args[1:] if args[0] is self.params else args)
+        key = (what, tuple((x.shape, x.dtype) for x in leaves), tree)
         if key not in self._compiled:
             start = time.perf_counter()
             self._compiled[key] = jax.jit(call, donate_argnums=donate).lower(*args).compile()

@@ -12,12 +12,48 @@ import numpy as np
 
 from effc.errors import EffcError
 from effc.runtime.cache import Cache
+from effc.runtime.drafting import Tally, Widths
 from effc.runtime.engine import DONE, Engine, How, State, check_length, pieces
 from effc.runtime.sampling import Sampling
 from effc.runtime.text import Decoder, Watch
 
 OnTokens = Callable[[int, list[int]], None]
 """Called with a row and its new tokens as they come."""
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """What drafts came to. A call is one of the target for one row; each emits the drafts accepted and one more."""
+
+    calls: int
+    drafted: int
+    accepted: int
+    emitted: int
+    drafted_at: tuple[int, ...]  # by position in the draft
+    accepted_at: tuple[int, ...]
+    rounds: dict[int, int]  # by width, the drafts that the call verified; 0 is a plain step
+
+    @property
+    def tokens_per_call(self) -> float:
+        """The token after the drafts counted."""
+        return self.emitted / self.calls if self.calls else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """Share of drafts accepted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def by_position(self) -> tuple[float, ...]:
+        """Share accepted of those drafted, for the first, second ... of a draft."""
+        return tuple(a / d if d else 0.0 for a, d in zip(self.accepted_at, self.drafted_at, strict=True))
+
+
+def counted(tally: Tally, widths: Widths) -> Drafted:
+    """The counts of a loop as numbers."""
+    drafted, accepted = (tuple(map(int, np.asarray(x))) for x in (tally.drafted, tally.accepted))
+    rounds = dict(zip(widths.sizes, map(int, np.asarray(tally.rounds)), strict=True))
+    return Drafted(int(tally.calls), sum(drafted), sum(accepted), int(tally.emitted), drafted, accepted, rounds)
 
 
 @dataclass
@@ -30,6 +66,7 @@ class Stats:
     decode_seconds: float = 0.0
     compile_seconds: float = 0.0
     decoded: int = 0  # tokens that decode_seconds covers: the first of each row comes from prefill
+    draft: Drafted | None = None  # where the program has a drafter
 
     @property
     def prefill_rate(self) -> float:
@@ -90,12 +127,10 @@ def stream(engine: Engine, request: Request, result: Result) -> Iterator[list[li
     Tokens that may begin a stop string are held back until that is decided.
     """
     run = _Run(engine, request, result)
-    left = request.max_new_tokens - 1
-    yield run.take(run.prefill(), left == 0)
-    while left > 0 and not run.finished():
-        count = min(left, request.chunk)
-        left -= count
-        yield run.take(run.decode(count), left == 0)
+    yield run.take(run.prefill())
+    while not run.finished():
+        yield run.take(run.decode())
+    run.account()
     result.texts = [watch.text for watch in run.watches] if request.decode else None
 
 
@@ -111,6 +146,7 @@ class _Run:
         self.how = How(sampling, sampling.numbers(), jnp.asarray(list(stops) or [DONE], jnp.int32))
         self.seed = jax.random.key(request.seed)
         self.done, self.sent = [False] * len(self.lengths), [0] * len(self.lengths)
+        self.left = np.full(len(self.lengths), request.max_new_tokens)
         self.watches = [Watch(request.decode, request.stop) for _ in self.lengths]
         self.state: State = {}
 
@@ -127,6 +163,7 @@ class _Run:
         timer = _Timer(self.engine, self.result.stats)
         logits, cache = self._read_prompts()
         self.state = self.engine.choose(logits, self._first_state(cache, logits.shape[-1]), self.how)
+        self.state = self.engine.begin(self.state, self.how, self.request.prompts, self.request.max_new_tokens)
         first = np.where(np.asarray(self.state["done"]), DONE, np.asarray(self.state["token"]))[:, None]
         self.result.stats.prompt_tokens = sum(self.lengths)
         self.result.stats.prefill_seconds += timer.seconds()
@@ -138,7 +175,7 @@ class _Run:
         cuts = pieces(max(self.lengths), self.engine.context)
         end = sum(cuts[-1])
         tokens = _padded(self.request.prompts, end)
-        room = max(end, max(self.lengths) + self.request.max_new_tokens)
+        room = max(end, max(self.lengths) + self.request.max_new_tokens + self.engine.spare)
         cache, last = self.engine.empty(len(lengths), room), None
         for start, size in cuts:
             valid = np.clip(lengths - start, 0, size)
@@ -156,8 +193,9 @@ class _Run:
             "seen": _seen(self.request.prompts, vocab) if "repetition_penalty" in self.how.filters else None,
         }  # fmt: skip
 
-    def decode(self, count: int) -> np.ndarray:
-        """i32[b,chunk]: up to `count` more tokens of each row."""
+    def decode(self) -> np.ndarray:
+        """i32[b,n]: up to a chunk more tokens of each row."""
+        count = min(int(self.left[~np.asarray(self.done)].max()), self.request.chunk)
         timer = _Timer(self.engine, self.result.stats)
         self.state["done"] = jnp.asarray(np.asarray(self.state["done"]) | self.done)
         self.state, out = self.engine.decode(self.state, self.how, count, self.request.chunk)
@@ -166,16 +204,18 @@ class _Run:
         self.result.stats.decoded += int((tokens != DONE).sum())
         return tokens
 
-    def take(self, tokens: np.ndarray, final: bool) -> list[list[int]]:
+    def take(self, tokens: np.ndarray) -> list[list[int]]:
         """What of tokens[b,n], and of those held back, belongs to each text; notes which rows have ended."""
         ended = np.asarray(self.state["done"])
-        news = [self._take_row(row, tokens[row], bool(ended[row]), final) for row in range(len(self.lengths))]
+        self.left -= (tokens != DONE).sum(axis=1)
+        news = [self._take_row(row, tokens[row], bool(ended[row])) for row in range(len(self.lengths))]
         self.result.stats.new_tokens = sum(map(len, self.result.tokens))
         return news
 
-    def _take_row(self, row: int, tokens: np.ndarray, ended: bool, final: bool) -> list[int]:
+    def _take_row(self, row: int, tokens: np.ndarray, ended: bool) -> list[int]:
         if self.done[row]:
             return []
+        final = self.left[row] == 0
         kept, watch = self.result.tokens[row], self.watches[row]
         kept.extend(int(token) for token in tokens if token != DONE)
         cut = watch.see(kept)
@@ -189,7 +229,13 @@ class _Run:
 
     def finished(self) -> bool:
         """Whether no row goes on."""
-        return all(self.done)
+        return all(done or left == 0 for done, left in zip(self.done, self.left, strict=True))
+
+    def account(self) -> None:
+        """What drafting did, for the stats."""
+        tally = self.state.get("tally")
+        if tally is not None and self.engine.speculation:
+            self.result.stats.draft = counted(tally, self.engine.speculation.widths)
 
 
 class _Timer:

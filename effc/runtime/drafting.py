@@ -1,0 +1,262 @@
+"""The speculative decoding loop: rounds of drafts verified in one call each, on the device from end to end.
+
+Rounds of each width are a loop of their own inside one outer loop: a `while` carries caches in place,
+where branches of a `cond` may copy them. The width 0 is plain decoding, so not drafting costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from effc.runtime import gain, speculate
+from effc.runtime.sampling import Numbers, row_keys
+from effc.runtime.speculate import NONE, Emission, Verdict
+
+State = dict[str, Any]
+
+Mix = Callable[[jax.Array, jax.Array], jax.Array]
+"""(p, q), each f32[b,n,V] -> the distribution to draw from instead of p."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How tokens are chosen, as compiled in: greedy, or with these filters."""
+
+    greedy: bool
+    filters: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """tokens, levels i32[b,G]; count i32[b]: how many there are; q f32[b,G,V] where tokens were drawn from it."""
+
+    tokens: jax.Array
+    levels: jax.Array
+    count: jax.Array
+    q: jax.Array | None = None
+
+
+jax.tree_util.register_dataclass(Proposal, ("tokens", "levels", "count", "q"), ())
+
+
+class Drafter(Protocol):
+    """Proposes what may follow. `own` is what it keeps between rounds, any tree of arrays."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn from q where sampling is asked for; else they are no draw."""
+        ...
+
+    def propose(self, params: Any, state: State, numbers: Numbers, choice: Choice) -> tuple[Proposal, State]: ...
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Draft lengths that are compiled, from 0 up, and costs[n]: what n tokens sent cost in plain steps."""
+
+    sizes: tuple[int, ...]
+    costs: tuple[float, ...]
+
+    @property
+    def most(self) -> int:
+        """Tokens a draft may have."""
+        return self.sizes[-1]
+
+    def index(self, count: jax.Array, lengths: jax.Array, active: jax.Array, context: int | None) -> jax.Array:
+        """i32[]: which size serves every active row, within the context."""
+        need = jnp.max(jnp.where(active, count, 0))
+        wanted = sum((need > size).astype(jnp.int32) for size in self.sizes[:-1])
+        if context is None:
+            return jnp.asarray(wanted)
+        longest = jnp.max(jnp.where(active, lengths, 0))
+        fits = sum((longest + size + 1 <= context).astype(jnp.int32) for size in self.sizes[1:])
+        return jnp.minimum(wanted, fits)
+
+
+def widths(gamma: int, verify: Sequence[float]) -> Widths:
+    """For drafts of up to gamma tokens; verify[k] is what a call on k+1 tokens costs, in calls on one."""
+    sizes = (0, gamma) if gamma < 4 else (0, (gamma + 1) // 2, gamma)
+    curve = [verify[min(n, len(verify) - 1)] for n in range(gamma + 1)]
+    return Widths(sizes, tuple(curve[next(s for s in sizes if s >= n)] for n in range(gamma + 1)))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("rounds", "calls", "drafted", "accepted", "emitted"),
+    meta_fields=(),
+)
+@dataclass(frozen=True)
+class Tally:
+    """rounds i32[widths]; calls i32[], rows that took part; drafted, accepted i32[G] by position; emitted i32[]."""
+
+    rounds: jax.Array
+    calls: jax.Array
+    drafted: jax.Array
+    accepted: jax.Array
+    emitted: jax.Array
+
+
+def empty_tally(widths: Widths) -> Tally:
+    """Nothing yet."""
+    zero, each = jnp.int32(0), jnp.zeros(widths.most, jnp.int32)
+    return Tally(jnp.zeros(len(widths.sizes), jnp.int32), zero, each, each, zero)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What is compiled in: verify(params, tokens, cache) -> (logits, *others, cache), and how drafts are made."""
+
+    verify: Callable[..., Any]
+    drafter: Drafter
+    widths: Widths
+    context: int | None
+    choice: Choice
+    mix: Mix | None = None
+
+    def __call__(
+        self, params: Any, state: State, numbers: Numbers, stops: jax.Array, *, chunk: int
+    ) -> tuple[State, jax.Array]:
+        """The state after rounds until a row has `chunk` tokens more, and those, i32[b,chunk+G], NONE in between."""
+        rows = state["token"].shape[0]
+        out = jnp.full((rows, chunk + self.widths.most), NONE, jnp.int32)
+        carry = (state, out, jnp.zeros(rows, jnp.int32))
+
+        def going(carry: Any) -> jax.Array:
+            state, _, filled = carry
+            active = _active(state)
+            return jnp.any(active) & jnp.all(~active | (filled < chunk))
+
+        def turns(carry: Any) -> Any:
+            for at, size in enumerate(self.widths.sizes):
+                body = partial(self._turn, params, numbers, stops, size)
+                carry = lax.while_loop(lambda c, at=at: going(c) & (self._width(c[0]) == at), body, carry)
+            return carry
+
+        state, out, _ = lax.while_loop(going, turns, carry)
+        return state, out
+
+    def first(self, params: Any, state: State, numbers: Numbers) -> State:
+        """The state with the first drafts."""
+        return self._proposed(params, state, numbers)
+
+    def _width(self, state: State) -> jax.Array:
+        return self.widths.index(_wanted(state), state["cache"].lengths, _active(state), self.context)
+
+    def _turn(self, params: Any, numbers: Numbers, stops: jax.Array, size: int, carry: Any) -> Any:
+        state, out, filled = carry
+        active, proposal, cache = _active(state), state["proposal"], state["cache"]
+        drafts = proposal.tokens[:, :size]
+        count = jnp.minimum(jnp.where(active, _wanted(state), 0), size)
+        tokens = jnp.concatenate([state["token"][:, None], drafts], axis=1)
+        before = cache.lengths
+        logits, *others, cache = self.verify(params, tokens, cache)
+        verdict = self._judge(logits, drafts, count, state, numbers, before)
+        given = speculate.emission(verdict, drafts, stops, jnp.where(active, state["left"], 0))
+        shown = jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at,)))(out, given.shown(), filled)
+        seen = speculate.seen_after(state["seen"], jnp.where(given.tokens >= 0, given.tokens, 0))
+        state = {
+            **state,
+            "cache": speculate.rolled_back(cache, before + given.count),
+            "token": given.last(state["token"]),
+            "done": state["done"] | given.ended,
+            "left": state["left"] - given.count,
+            "history": _written(state["history"], given.tokens, before + 1),
+            "seen": None if seen is None else _row_at(seen, given.count),
+            "table": self._learned(state, drafts, count, verdict, given, active),
+            "tally": self._tallied(state["tally"], size, count, verdict, given, active),
+            **_features(state, others, before),
+        }
+        return self._proposed(params, state, numbers), shown, filled + given.count
+
+    def _judge(
+        self, logits: jax.Array, drafts: jax.Array, count: jax.Array, state: State, numbers: Numbers,
+        before: jax.Array,
+    ) -> Verdict:  # fmt: skip
+        size = drafts.shape[1]
+        keys = position_keys(state, before + 1, size + 1)
+        seen = speculate.seen_after(state["seen"], drafts)
+        greedy, filters = self.choice.greedy, self.choice.filters
+        if greedy or not self.drafter.draws:
+            chosen = speculate.chosen_at(logits, seen, keys, numbers, greedy=greedy, filters=filters)
+            return speculate.agreed(chosen, drafts, count)
+        p = speculate.probabilities(speculate.penalized(logits, seen, numbers), numbers, filters)
+        q = state["proposal"].q[:, :size]
+        if self.mix is not None and size:
+            # The token after the last draft has no q of its own: there the target speaks alone.
+            p = jnp.concatenate([self.mix(p[:, :-1], q), p[:, -1:]], axis=1)
+        return speculate.reviewed(p, q, drafts, count, keys)
+
+    def _learned(
+        self, state: State, drafts: jax.Array, count: jax.Array, verdict: Verdict, given: Emission,
+        active: jax.Array,
+    ) -> gain.Table:  # fmt: skip
+        """What the round tells: of drafts that are no draw also what those not sent would have been worth."""
+        proposal, table, most = state["proposal"], state["table"], self.widths.most
+        index = jnp.arange(most)[None, :]
+        if self.drafter.draws and not self.choice.greedy:
+            right = index < verdict.accepted[:, None]
+            known = (index <= verdict.accepted[:, None]) & (index < count[:, None])
+        else:
+            tokens = jnp.pad(given.tokens, ((0, 0), (0, most)), constant_values=NONE)[:, :most]
+            right = tokens == proposal.tokens
+            before = jnp.pad(jnp.cumprod(right, axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=1)
+            known = (before > 0) & (index < jnp.minimum(given.count, verdict.accepted + 1)[:, None])
+        known &= active[:, None] & (index < proposal.count[:, None])
+        table = gain.learned(table, proposal.levels, right, known)
+        cost = jnp.asarray(self.widths.costs, jnp.float32)[count]
+        return gain.rested(table, given.count, cost, count > 0, active)
+
+    def _tallied(
+        self, tally: Tally, size: int, count: jax.Array, verdict: Verdict, given: Emission, active: jax.Array
+    ) -> Tally:
+        index = jnp.arange(self.widths.most)[None, :]
+        return Tally(
+            tally.rounds.at[self.widths.sizes.index(size)].add(1),
+            tally.calls + active.sum(),
+            tally.drafted + ((index < count[:, None]) & active[:, None]).sum(axis=0),
+            tally.accepted + (index < jnp.minimum(verdict.accepted, given.count)[:, None]).sum(axis=0),
+            tally.emitted + given.count.sum(),
+        )
+
+    def _proposed(self, params: Any, state: State, numbers: Numbers) -> State:
+        proposal, state = self.drafter.propose(params, state, numbers, self.choice)
+        return {**state, "proposal": proposal}
+
+
+def position_keys(state: State, first: jax.Array, count: int) -> jax.Array:
+    """key[b,count]: of positions first[b] and on, whatever the other rows are."""
+    at = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
+    return jax.vmap(row_keys, (None, None, 1), 1)(state["seed"], state["row"], at)
+
+
+def _wanted(state: State) -> jax.Array:
+    """i32[b]: drafts to verify: no more than there is room for before the token after them."""
+    return jnp.minimum(state["proposal"].count, state["left"] - 1)
+
+
+def _active(state: State) -> jax.Array:
+    return ~state["done"] & (state["left"] > 0)
+
+
+def _written(rows: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """rows[b,S,...] with new[b,n,...] from at[b] on."""
+    rest = (0,) * (rows.ndim - 2)
+    return jax.vmap(lambda row, part, i: lax.dynamic_update_slice(row, part, (i, *rest)))(rows, new, at)
+
+
+def _row_at(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.vmap(lambda row, i: row[i])(x, index)
+
+
+def _features(state: State, others: Sequence[jax.Array], before: jax.Array) -> Mapping[str, Any]:
+    """What the target gave beside logits, kept for the drafter: row i is that of token i."""
+    if not others:
+        return {}
+    return {"features": _written(state["features"], others[0], before)}
