@@ -95,8 +95,7 @@ def _hoisted(ops: list[Op], makers: dict[str, Op]) -> list[Op]:
     early: set[str] = {name for name, op in makers.items() if op.kind in LEAVES - {"param"}}
     first: list[Op] = []
     for op in ops:
-        fixed = bool(op.inputs) and not op.params and all(i in early for i in op.inputs)
-        if op.kind == "positions" or fixed or (op.kind == "rope_table" and set(op.inputs) <= early):
+        if op.kind == "positions" or (op.inputs and all(i in early for i in op.inputs)):
             early.update(value.name for value in op.outputs)
             first.append(op)
     return first + [op for op in ops if op.outputs[0].name not in early]
