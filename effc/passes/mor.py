@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from effc.ir.core import Module
 from effc.passes import mor_fold
@@ -12,6 +12,12 @@ from effc.passes.base import Exactness, Notes, Pass, PassError, Phase, option
 from effc.passes.mor_fold import Fold, find_stack
 from effc.passes.mor_sharing import chosen, fold
 from effc.weights import Lazy, Store, nbytes
+
+if TYPE_CHECKING:
+    from effc.passes.context import Context
+
+HEALING_MINUTES = 6.0
+"""Unless --heal says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Mor(Pass):
     )
     rank: str = option("0", "rank of the low-rank delta each layer keeps; full is exact")
     norms: Literal["own", "shared"] = option("own", "whether each layer keeps its vectors (norm scales, biases)")
+    baseline: bool = option(False, "also train a model of as many layers as there are arrays, half of the time each")
     uneven: bool = option(False, "leave the last layers as they are where the span does not divide")
 
     def requires(self, module: Module) -> None:
@@ -48,11 +55,30 @@ class Mor(Pass):
         if self.rank == "0" and nbytes(after) >= nbytes(before):
             raise PassError(f"mor: {nbytes(after)} bytes of weights after, {nbytes(before)} before: nothing was saved")
 
+    def training_minutes(self) -> float:
+        return HEALING_MINUTES * (2 if self.baseline else 1)
+
+    def train(self, module: Module, store: Store, context: Context) -> Store:
+        from effc.passes import mor_heal  # optax and orbax, for who trains
+
+        if self.baseline:
+            context = replace(context, budget=context.budget.share(0.5))
+            mor_heal.baseline(_arrays_left(module), context)
+        return mor_heal.heal(module, store, context)
+
     def fold(self, module: Module) -> Fold:
         """What becomes of the module's layers; PassError where they cannot be folded so."""
         stack, rank = find_stack(module), read_rank(self.rank)
         folding = fold(stack.layers, self.recursions, self.share, read_span(self.span), self.uneven)
         return Fold(stack, folding, chosen(self.init, rank), rank, self.norms == "shared")
+
+
+def _arrays_left(module: Module) -> int:
+    """How many arrays the folded layers share."""
+    orders = [op.attrs["order"] for op in module.forward().ops if "order" in op.attrs]
+    return 1 + max(
+        number for order in orders if isinstance(order, tuple) for number in order if isinstance(number, int)
+    )
 
 
 def read_rank(text: str) -> int:

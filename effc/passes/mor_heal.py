@@ -1,0 +1,117 @@
+"""Healing of folded layers: distillation from the model they were folded from, beside an honest baseline.
+
+The baseline is what sharing has to beat: a model of the same unique size that simply has fewer layers,
+healed by the same loss, data and budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from effc.ir.core import Module, Param
+from effc.ir.rewrite import replace_ops
+from effc.passes.mor_fold import Stack, find_stack
+from effc.passes.mor_sharing import kept
+from effc.runtime.train import Fitted, Plan, Tick, chosen, forward_kl, mean
+from effc.weights import Lazy, Store
+
+if TYPE_CHECKING:
+    from effc.passes.context import Context, Model
+
+ROWS = 4
+"""Sequences a step."""
+
+LEARNING_RATE = 1e-3
+
+
+def heal(module: Module, store: Store, context: Context) -> Store:
+    """Trained arrays: forward KL to the input model, all parameters of the folded one."""
+    model = context.model(module, store)
+    fitted = distill(model, context, _trained(model, context.teacher_module), "folded")
+    return model.store(fitted.params["student"], store)
+
+
+def baseline(unique: int, context: Context) -> Fitted:
+    """The same training of the input model with only `unique` of its layers."""
+    layers, module, store = best_dropped(unique, context)
+    model = context.model(module, store)
+    return distill(model, context, True, f"layers {', '.join(map(str, layers))} alone")
+
+
+def distill(model: Model, context: Context, mask: Any, title: str) -> Fitted:
+    """The student after its budget; teacher and student lie in one tree, the teacher's half is frozen."""
+    teacher = context.teacher
+
+    def loss(tree: Any, batch: Mapping[str, Any], tick: Tick) -> tuple[jax.Array, dict[str, jax.Array]]:
+        ids = batch["tokens"][:, :-1]
+        told = teacher.program.forward(tree["teacher"], ids)
+        said = model.program.forward(tree["student"], ids)
+        return mean(forward_kl(told, said), batch["mask"]), {"count": batch["mask"].sum()}
+
+    look = context.looks(model.program)
+    return context.fit(
+        loss,
+        {"student": model.params, "teacher": teacher.params},
+        context.batches(ROWS),
+        Plan(context.budget, lr=LEARNING_RATE, seed=context.seed),
+        trainable={"student": mask, "teacher": False},
+        evaluate=lambda tree: look(tree["student"]),
+        tag=title,
+        title=f"mor: {title}",
+    )
+
+
+def _trained(model: Model, original: Module) -> Any:
+    """The input model's parameters and the deltas of its matrices; not what other passes have added."""
+    own = set(original.params) | {f"{name}.{part}" for name in original.params for part in "ab"}
+    return chosen(model.program.params, "|".join(name for name in model.module.params if name in own))
+
+
+# ---- the baseline
+
+
+def best_dropped(unique: int, context: Context) -> tuple[list[int], Module, Store]:
+    """Of some ways to keep `unique` layers the one that is nearest to the input model on training text."""
+    module, store = context.teacher_module, context.teacher_store
+    stack = find_stack(module)
+    found = [(layers, *dropped(module, store, stack, layers)) for layers in candidates(stack.layers, unique)]
+    gaps = [_gap(context, after, made) for _, after, made in found]
+    return found[int(np.argmin(gaps))]
+
+
+def candidates(layers: int, count: int) -> list[list[int]]:
+    """Evenly spaced layers, or all but some neighbours in the middle; first and last always stay."""
+    gone, whole = layers - count, list(range(layers))
+    runs = [whole[:at] + whole[at + gone :] for at in range(1, layers - gone)]
+    return [kept(whole, count), *runs[:: max(1, len(runs) // 4)]]
+
+
+def dropped(module: Module, store: Store, stack: Stack, layers: list[int]) -> tuple[Module, Store]:
+    """The module with these layers alone."""
+    shorter = replace(stack.op, attrs={**stack.op.attrs, "times": len(layers)})
+    func = replace_ops(stack.func, lambda op: [shorter] if op is stack.op else None)
+    params = [replace(p, stack=len(layers), path=f"some of {p.path}", over=None, perm=None) for p in stack.params]
+    after = module.with_func(func).with_params(*params)
+    return after, store.replace(_picked(store, params, layers), after)
+
+
+def _picked(store: Store, params: list[Param], layers: list[int]) -> Iterator[Lazy]:
+    for param in params:
+        read = store[param.name].read
+        yield Lazy(param, lambda i, read=read: read(layers[i]))
+
+
+def _gap(context: Context, module: Module, store: Store) -> float:
+    """KL to the input model on a batch of training text."""
+    model, teacher = context.model(module, store), context.teacher
+    ids = context.batches(2)(0, None)["tokens"][:, :-1]
+
+    def call(told: Any, params: Any, ids: jax.Array) -> jax.Array:
+        return mean(forward_kl(teacher.program.forward(told, ids), model.program.forward(params, ids)))
+
+    return float(jax.jit(call)(teacher.params, model.params, ids))
