@@ -123,7 +123,7 @@ def test_a_pass_that_trains_and_calibrates(source: Source, tmp_path: Path) -> No
     assert order == ["input", "forget", "heal", "quant8", "calibrate"]
     assert verify(tmp_path / "out") == []
     found = Artifact.load(tmp_path / "out")
-    assert found.module.meta["greatest"] > 0
+    assert float(found.module.meta["greatest"]) > 0
     (run,) = found.report()["passes"][0]["trained"]
     looks = [look["values"]["kl"] for look in run["looks"]]
     assert run["steps"] == 30

@@ -20,6 +20,7 @@ KEPT = 2
 
 def fingerprint(plan: Plan, params: Tree, mask: Tree, tag: str = "") -> str:
     """Of all that decides where a run goes: what is trained, from which arrays, by which plan; tag is the caller's."""
+    # the folder and how often it is saved to are no part of what a plan shows
     digest = hashlib.blake2b(f"{plan!r}|{tag}|{flags(params, mask)}".encode(), digest_size=12)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         array = np.asarray(leaf)

@@ -20,6 +20,9 @@ Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 
 KINDS = ("fkl", "rkl", "jsd", "tvd")
 
+LEAST = -1e30
+"""As good as the log of zero."""
+
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """-log s(target); targets i32[..]."""
@@ -49,7 +52,8 @@ def jsd(teacher: jax.Array, student: jax.Array, beta: float = 0.5) -> jax.Array:
         raise EffcError(f"jsd: beta is {beta:g}, want 0 to 1")
     if beta in (0, 1):
         return reverse_kl(teacher, student) if beta else forward_kl(teacher, student)
-    t, s = _logs(teacher, student)
+    # finite, or the mixture of two tokens that cannot be would have no gradient
+    t, s = (jnp.maximum(log, LEAST) for log in _logs(teacher, student))
     m = jnp.logaddexp(t + jnp.log(beta), s + jnp.log1p(-beta))
     return beta * _kl(t, m) + (1 - beta) * _kl(s, m)
 
@@ -79,7 +83,7 @@ def divergence(kind: Kind = "fkl", *, beta: float = 0.5, temperature: float = 1.
 
 
 def mean(values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Over the tokens that the mask keeps; 0 where it keeps none. What the others hold, NaN too, is not seen."""
+    """Over the tokens that the mask keeps; 0 where it keeps none."""
     if mask is None:
         return jnp.mean(values)
     kept = jnp.where(mask, values, 0.0)

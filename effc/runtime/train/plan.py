@@ -60,9 +60,9 @@ class Plan:
     accumulate: int = 1
     """Parts that a batch is cut into along its first axis, one after the other."""
     seed: int = 0
-    folder: Path | None = field(default=None, compare=False)
+    folder: Path | None = field(default=None, repr=False, compare=False)
     """Where checkpoints go; a run of the same plan on the same arrays goes on from the last one there."""
-    every: float = field(default=60.0, compare=False)
+    every: float = field(default=60.0, repr=False, compare=False)
     """Seconds between checkpoints."""
     looks: int = 4
     """How often `evaluate` looks at the parameters on the way, beside before and after."""

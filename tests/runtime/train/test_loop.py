@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from effc.errors import EffcError
 from effc.runtime.train import Batch, Budget, Metrics, Plan, Row, Tick, Tree, cross_entropy, fit, mean, windows
+from effc.runtime.train.loop import Watch
 
 IDS = np.tile(np.arange(8), 40).astype(np.int32)
 BATCHES = windows(IDS, length=12, rows=8, seed=3)
@@ -28,6 +31,14 @@ def loss(tree: Tree, batch: Batch, tick: Tick) -> tuple[jax.Array, Metrics]:
     return mean(told, batch["mask"]), {"count": batch["mask"].sum()}
 
 
+def stop_at(step: int, number: int = signal.SIGINT) -> Watch:
+    def watch(row: Row) -> None:
+        if row.step == step:
+            signal.raise_signal(number)
+
+    return watch
+
+
 def equal(one: Tree, two: Tree) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
 
@@ -44,15 +55,9 @@ def test_it_learns() -> None:
 def test_a_resumed_run_is_the_unbroken_one_to_the_bit(tmp_path: Path) -> None:
     whole = fit(loss, params(), BATCHES, PLAN)
 
-    def stop(row: Row) -> None:
-        if row.step == 5:
-            import signal
-
-            signal.raise_signal(signal.SIGINT)
-
     kept = replace(PLAN, folder=tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        fit(loss, params(), BATCHES, kept, watch=stop)
+        fit(loss, params(), BATCHES, kept, watch=stop_at(5))
     resumed = fit(loss, params(), BATCHES, kept)
     assert resumed.resumed == 5
     assert equal(resumed.params, whole.params)
@@ -61,3 +66,77 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(tmp_path: Path) -> None:
     assert again.resumed == 8 and equal(again.params, whole.params)
     other = fit(loss, params(1), BATCHES, kept)
     assert other.resumed == 0  # other arrays, another run
+
+
+def test_a_polite_kill_is_as_good_as_ctrl_c(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        fit(loss, params(), BATCHES, replace(PLAN, folder=tmp_path), watch=stop_at(3, signal.SIGTERM))
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert fit(loss, params(), BATCHES, replace(PLAN, folder=tmp_path)).resumed == 3
+
+
+def test_a_checkpoint_now_and_then(tmp_path: Path) -> None:
+    def crash(row: Row) -> None:
+        if row.step == 6:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fit(loss, params(), BATCHES, replace(PLAN, folder=tmp_path, every=0.0), watch=crash)
+    assert fit(loss, params(), BATCHES, replace(PLAN, folder=tmp_path)).resumed == 5
+
+
+def ragged(step: int, tree: Tree) -> Batch:
+    batch = BATCHES(step, tree)
+    return {**batch, "mask": batch["mask"] & (np.arange(12)[None] < 1 + np.arange(8)[:, None])}
+
+
+def quiet_loss(tree: Tree, batch: Batch, tick: Tick) -> tuple[jax.Array, Metrics]:
+    """Without noise: parts of a batch draw their own."""
+    return loss(tree, batch, replace(tick, progress=np.float32(1)))
+
+
+def test_accumulated_parts_are_one_batch() -> None:
+    whole = fit(quiet_loss, params(), ragged, PLAN)
+    parts = fit(quiet_loss, params(), ragged, replace(PLAN, accumulate=4))
+    np.testing.assert_allclose([r.loss for r in parts.history], [r.loss for r in whole.history], rtol=1e-5)
+    assert parts.history[0].metrics["count"] == whole.history[0].metrics["count"] == 36
+    for a, b in zip(jax.tree.leaves(parts.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_only_what_is_marked_is_trained() -> None:
+    start = params()
+    fitted = fit(loss, start, BATCHES, PLAN, trainable={"embed": False, "head": True})
+    assert equal(fitted.params["embed"], start["embed"])
+    assert not equal(fitted.params["head"], start["head"])
+
+
+def test_a_budget_of_time() -> None:
+    fitted = fit(loss, params(), BATCHES, replace(PLAN, budget=Budget(minutes=0.02)))
+    assert fitted.seconds >= 1.2
+    assert all(row.seconds < 1.2 for row in fitted.history[:-1])
+    assert fitted.history[-1].progress == 1
+
+
+def test_looks_before_during_and_after() -> None:
+    fitted = fit(loss, params(), BATCHES, PLAN, evaluate=lambda tree: {"size": float(abs(tree["embed"]).sum())})
+    assert [look.step for look in fitted.looks] == [0, 2, 4, 5, 7, 8]
+    assert len({look.values["size"] for look in fitted.looks}) == 6
+    told = fitted.json()
+    assert told["looks"][-1]["step"] == told["history"][-1]["step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"plan": replace(PLAN, lr=float("inf"))}, "try a smaller lr"),
+        ({"plan": replace(PLAN, accumulate=3)}, "a multiple of accumulate=3"),
+        ({"trainable": False}, "no parameter is trainable"),
+        ({"params": {"embed": np.arange(4), "head": [params()["head"][0]]}}, "no array of floats"),
+    ],
+)
+def test_refused(change: dict[str, object], message: str) -> None:
+    given = {"loss": loss, "params": params(), "batches": BATCHES, "plan": PLAN, **change}
+    with pytest.raises(EffcError, match=message):
+        fit(**given)  # type: ignore[arg-type]
