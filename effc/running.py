@@ -59,9 +59,10 @@ class _Run:
         self.probe.see("input", start)
 
     def step(self, made_by: Pass) -> None:
-        step = runner.step(made_by, self.state.module)
+        context = replace(self.context, name=made_by.name)
+        step = runner.step(made_by.decided(self.state.module, self.state.store, context), self.state.module)
         self.watch(made_by.name, step.after)
-        self.state = _with_arrays(step, self.state, self.spool / made_by.name)
+        self.state = _with_arrays(step, self.state, self.spool / made_by.name, context)
         gap = None if step.after == step.before else self.probe.hold(made_by, self.state)
         self.reports[made_by.name] = _reported(step, gap)
 
@@ -87,9 +88,9 @@ class _Run:
             self.watch("calibrate", module)
 
 
-def _with_arrays(step: Step, state: State, spool: Path) -> State:
+def _with_arrays(step: Step, state: State, spool: Path, context: Context) -> State:
     """The state after; arrays that cost work are made once and kept on disk."""
-    store = step.made_by.weights(step.before, step.after, state.store)
+    store = step.made_by.arrays(step.before, step.after, state.store, context, step.notes)
     after = State(step.after, store)
     if step.after == step.before:
         return state

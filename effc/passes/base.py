@@ -127,6 +127,14 @@ class Pass(ABC):
     def ensures(self, before: Module, after: Module) -> None:  # noqa: B027
         """Raise PassError where a promise was broken."""
 
+    def decided(self, module: Module, store: Store, context: Context) -> Self:
+        """The pass as it is to run, where that depends on arrays or text; `run` comes after, where there are both."""
+        return self
+
+    def arrays(self, before: Module, after: Module, store: Store, context: Context, notes: Notes) -> Store:
+        """`weights`, for a pass that looks at text to make them."""
+        return self.weights(before, after, store)
+
     def training_minutes(self) -> float:
         """How long it trains unless --heal says otherwise; 0 where it trains nothing, and `train` is not called."""
         return 0.0

@@ -1,4 +1,7 @@
-"""Arrays to codes and scales: round to nearest, scaled by the greatest magnitude or by least squares."""
+"""Arrays to codes and scales: round to nearest, scaled by the greatest magnitude, a percentile, or least squares.
+
+`importance` f32[K], where given, is what an error in each place along the coded axis counts (least squares alone).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from effc.ir.types import NUMPY, Quant
 from effc.runtime.qarray import pack
 from effc.weights import Array, Arrays
 
-Method = Literal["absmax", "mse"]
+Method = Literal["absmax", "mse", "percentile"]
+
+PERCENTILE = 99.9
+"""Share of magnitudes, in percent, that `percentile` reaches; the others are cut."""
 
 BLOCK = 1 << 16
 """Elements worked on at a time: a block and its temporaries stay in a core's cache."""
@@ -26,29 +32,48 @@ Block = tuple[slice, slice, slice]
 GRID = (0.82, 0.87, 0.92, 0.97, 1.02, 1.07)
 """Scales tried by `mse`, as fractions of the one that just reaches the group's extreme value."""
 
+SHRUNK = (1.0, 0.92, 0.85, 0.78, 0.7)
+"""Ranges tried by `mse` with zero points, as fractions of the whole."""
 
-def quantize(array: Array, quant: Quant, method: Method, where: str) -> Arrays:
+
+def quantize(array: Array, quant: Quant, method: Method, where: str, importance: Array | None = None) -> Arrays:
     """Codes, scales and zeros of `array` as they are stored; EffcError for what cannot be coded."""
-    x = np.asarray(array)
-    if x.ndim != 2:
-        raise EffcError(f"{where}: has {x.ndim} axes, want a matrix to quantize")
-    if not x.size or not np.isfinite([np.float32(x.max()), np.float32(x.min())]).all():
-        raise EffcError(f"{where}: is empty or holds NaN or infinity, want finite weights to quantize")
+    x = checked(array, where)
     grouped = _grouped(x, quant)
     codes = np.empty(_whole(x.shape, quant), np.int8)
     coded = _grouped(codes, quant)  # a view: what is written there is in `codes`
     scales = np.empty((grouped.shape[0], 1, grouped.shape[2]), np.float32)
     zeros = np.zeros_like(scales)
 
+    weight = _weights(importance, grouped.shape)
+
     def work(block: Block) -> None:
         here = np.ascontiguousarray(grouped[block], np.float32)
-        coded[block], scales[block], zeros[block] = _block(here, quant, method)
+        mine = None if weight is None else weight[block[0]]
+        coded[block], scales[block], zeros[block] = group_codes(here, quant, method, mine)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(work, _blocks(grouped.shape)))
-    if not np.isfinite(scales.astype(NUMPY[quant.scale])).all():
-        raise EffcError(f"{where}: weights too large for {quant.scale} scales, want scale=f32")
-    return _stored(codes, scales, zeros, quant, x.shape)
+    return stored(codes, scales, zeros, quant, x.shape, where)
+
+
+def checked(array: Array, where: str) -> Array:
+    """The array, where it is a matrix of finite numbers; EffcError otherwise."""
+    x = np.asarray(array)
+    if x.ndim != 2:
+        raise EffcError(f"{where}: has {x.ndim} axes, want a matrix to quantize")
+    if not x.size or not np.isfinite([np.float32(x.max()), np.float32(x.min())]).all():
+        raise EffcError(f"{where}: is empty or holds NaN or infinity, want finite weights to quantize")
+    return x
+
+
+def _weights(importance: Array | None, shape: tuple[int, ...]) -> Array | None:
+    """[groups, codes in a group, 1]; what fills the last group counts nothing."""
+    if importance is None:
+        return None
+    whole = np.zeros(shape[0] * shape[1], np.float32)
+    whole[: len(importance)] = importance
+    return whole.reshape(shape[0], shape[1], 1)
 
 
 def _whole(shape: tuple[int, ...], quant: Quant) -> tuple[int, ...]:
@@ -77,16 +102,18 @@ def _blocks(shape: tuple[int, ...]) -> Iterator[Block]:
             yield slice(start, start + many), slice(None), slice(left, left + wide)
 
 
-def _block(x: Array, quant: Quant, method: Method) -> tuple[Array, Array, Array]:
-    """Codes, scales and zero points of groups [G, g, rest], reduced over g."""
+def group_codes(x: Array, quant: Quant, method: Method, weight: Array | None = None) -> tuple[Array, Array, Array]:
+    """Codes, scales and zero points of groups [G, g, rest], reduced over g; weight [G, g, 1]."""
     if not quant.sym:
-        return _asymmetric(x, quant)
+        return _asymmetric_search(x, quant, weight) if method == "mse" else _asymmetric(x, quant, 1.0)
     if method == "mse":
-        return (*_least_squares(x, quant), np.zeros(1, np.float32))
-    return (*_absmax(x, quant), np.zeros(1, np.float32))
+        return (*_least_squares(x, quant, weight), np.zeros(1, np.float32))
+    reach = _greatest(x) if method == "absmax" else _percentile(x)
+    return (*_absmax(x, reach, quant), np.zeros(1, np.float32))
 
 
-def _limits(quant: Quant) -> tuple[int, int]:
+def limits(quant: Quant) -> tuple[int, int]:
+    """Least and greatest code."""
     return -(1 << quant.bits - 1), (1 << quant.bits - 1) - 1
 
 
@@ -100,38 +127,60 @@ def _rounded(scale: Array, quant: Quant) -> Array:
 
 def nearest_codes(x: Array, scale: Array, quant: Quant) -> Array:
     """Nearest codes, in f32."""
-    low, high = _limits(quant)
+    low, high = limits(quant)
     codes = x / scale
     np.rint(codes, out=codes)
     return np.clip(codes, low, high, out=codes)
 
 
-def _absmax(x: Array, quant: Quant) -> tuple[Array, Array]:
-    """The greatest magnitude at half a step past the last code: no error exceeds half a step."""
-    scale = _rounded(np.abs(x).max(1, keepdims=True) / (_limits(quant)[1] + 0.5), quant)
+def _greatest(x: Array) -> Array:
+    return np.abs(x).max(1, keepdims=True)
+
+
+def _percentile(x: Array) -> Array:
+    return np.percentile(np.abs(x), PERCENTILE, axis=1, keepdims=True).astype(np.float32)
+
+
+def _absmax(x: Array, reach: Array, quant: Quant) -> tuple[Array, Array]:
+    """The magnitude to reach at half a step past the last code: no smaller one errs by more than half a step."""
+    scale = _rounded(reach / (limits(quant)[1] + 0.5), quant)
     return nearest_codes(x, scale, quant), scale
 
 
-def _asymmetric(x: Array, quant: Quant) -> tuple[Array, Array, Array]:
-    low, high = _limits(quant)
-    least, most = np.minimum(x.min(1, keepdims=True), 0), np.maximum(x.max(1, keepdims=True), 0)
+def _asymmetric(x: Array, quant: Quant, share: float) -> tuple[Array, Array, Array]:
+    low, high = limits(quant)
+    least, most = np.minimum(x.min(1, keepdims=True), 0) * share, np.maximum(x.max(1, keepdims=True), 0) * share
     scale = _rounded((most - least) / (high - low), quant)
     zero = np.clip(np.rint(low - least / scale), low, high)
     return np.clip(np.rint(x / scale) + zero, low, high), scale, zero
 
 
-def _least_squares(x: Array, quant: Quant) -> tuple[Array, Array]:
+def _asymmetric_search(x: Array, quant: Quant, weight: Array | None) -> tuple[Array, Array, Array]:
+    """Of ranges that are cut more and more the one of least squared error."""
+    best, scale, zero = _asymmetric(x, quant, 1.0)
+    error = _error(x, best - zero, scale, weight)
+    for share in SHRUNK:
+        codes, tried, around = _asymmetric(x, quant, share)
+        tried = _rounded(_fit(x, codes - around, tried, weight), quant)
+        wrong = _error(x, codes - around, tried, weight)
+        better = wrong < error
+        for kept, new in ((best, codes), (scale, tried), (zero, around), (error, wrong)):
+            np.copyto(kept, new, where=better)
+    return best, scale, zero
+
+
+def _least_squares(x: Array, quant: Quant, weight: Array | None) -> tuple[Array, Array]:
     """Of a grid of scales that of least squared error; the extreme value is on the side with more codes."""
-    best, scale = _absmax(x, quant)
-    error = _error(x, best, scale)
+    best, scale = _absmax(x, _greatest(x), quant)
+    error = _error(x, best, scale, weight)
     extreme = np.where(
         x.max(1, keepdims=True) > -x.min(1, keepdims=True), x.max(1, keepdims=True), x.min(1, keepdims=True)
     )
     for fraction in GRID:
-        tried = _rounded(extreme * (fraction / _limits(quant)[0]), quant)
+        tried = _rounded(extreme * (fraction / limits(quant)[0]), quant)
         codes = nearest_codes(x, tried, quant)
-        tried = _rounded(_fit(x, codes, tried), quant)
-        wrong = _error(x, codes, tried)
+        tried = _rounded(_fit(x, codes, tried, weight), quant)
+        wrong = _error(x, codes, tried, weight)
         better = wrong < error
         np.copyto(best, codes, where=better)
         np.copyto(scale, tried, where=better)
@@ -139,20 +188,23 @@ def _least_squares(x: Array, quant: Quant) -> tuple[Array, Array]:
     return best, scale
 
 
-def _fit(x: Array, codes: Array, scale: Array) -> Array:
+def _fit(x: Array, codes: Array, scale: Array, weight: Array | None) -> Array:
     """The scale that fits these codes best: x.q / q.q."""
-    square = np.einsum("gkn,gkn->gn", codes, codes)[:, None]
-    return np.where(square > 0, np.einsum("gkn,gkn->gn", x, codes)[:, None] / np.maximum(square, 1), scale)
+    left = codes if weight is None else codes * weight
+    square = np.einsum("gkn,gkn->gn", left, codes)[:, None]
+    return np.where(square > 0, np.einsum("gkn,gkn->gn", x, left)[:, None] / np.where(square > 0, square, 1), scale)
 
 
-def _error(x: Array, codes: Array, scale: Array) -> Array:
+def _error(x: Array, codes: Array, scale: Array, weight: Array | None) -> Array:
     wrong = codes * scale
     wrong -= x
-    return np.einsum("gkn,gkn->gn", wrong, wrong)[:, None]
+    return np.einsum("gkn,gkn->gn", wrong, wrong if weight is None else wrong * weight)[:, None]
 
 
-def _stored(codes: Array, scales: Array, zeros: Array, quant: Quant, shape: tuple[int, ...]) -> Arrays:
-    """Cut to the parameter's own shape, packed."""
+def stored(codes: Array, scales: Array, zeros: Array, quant: Quant, shape: tuple[int, ...], where: str) -> Arrays:
+    """What is kept of codes (of the parameter's shape, or filled up), scales and zeros [groups,1,the rest]."""
+    if not np.isfinite(scales.astype(NUMPY[quant.scale])).all():
+        raise EffcError(f"{where}: weights too large for {quant.scale} scales, want scale=f32")
     axis = quant.axis % len(shape)
     rest = (*shape[:axis], *shape[axis + 1 :])
     cut = np.take(codes, range(shape[axis]), axis) if codes.shape != shape else codes
@@ -161,5 +213,5 @@ def _stored(codes: Array, scales: Array, zeros: Array, quant: Quant, shape: tupl
         moved = np.moveaxis(values.reshape(-1, *rest), 0, axis)
         return np.ascontiguousarray(moved.astype(NUMPY[quant.scale]))
 
-    stored = pack(cut) if quant.bits <= 4 else cut
-    return {"codes": stored, "scales": small(scales)} | ({} if quant.sym else {"zeros": small(zeros)})
+    packed = pack(cut) if quant.bits <= 4 else cut
+    return {"codes": packed, "scales": small(scales)} | ({} if quant.sym else {"zeros": small(zeros)})

@@ -1,0 +1,1 @@
+"""Quantization of weights with the help of text: statistics, methods, rules, budgets."""
