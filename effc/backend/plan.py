@@ -155,7 +155,10 @@ def reads(op: Op) -> list[str]:
 
 
 def mentions(op: Op, size: str) -> bool:
-    """Whether the emitted text of an op names the size."""
+    """Whether the emitted text of an op names the size, that of a primitive's regions included."""
+    inner = [o for r in op.regions.values() for o in r.ops] if op.kind.startswith("lax.") else []
+    if any(mentions(o, size) for o in inner):
+        return True
     shapes = (op.out.type.shape,) if op.kind == "const" else ()
     return any(_names(value, size) for value in (*op.attrs.values(), *shapes))
 

@@ -39,6 +39,14 @@ class Names:
         """Call `value` what something else is called already."""
         self._of[value] = name
 
+    def known(self) -> dict[str, str]:
+        """What every value is called now, for `restore`."""
+        return dict(self._of)
+
+    def restore(self, known: dict[str, str]) -> None:
+        """Call values what they were called before a region that has values of the same names."""
+        self._of = known
+
     def fresh(self, wanted: str) -> str:
         """A name like `wanted` that nothing has."""
         base = re.sub(r"\W", "_", wanted)

@@ -92,7 +92,8 @@ def _logits(module: Module, store: Mapping[str, Reads], groups: Sequence[Group])
 
 
 class _Decoding:
-    """What decoding `tokens` must agree on: with the later half changed, and in chunks of one and of many."""
+    """What decoding `tokens` must agree on: with the later half of all sequences but the first changed, and in
+    chunks of one and of many."""
 
     def __init__(self, module: Module, tokens: Array) -> None:
         self.module, self.tokens = module, tokens
@@ -101,8 +102,8 @@ class _Decoding:
 
     def groups(self) -> list[Group]:
         """Runs to compare with the full forward."""
-        later = (self.tokens[:, self.half :] + 1) % int(self.module.meta["vocab"])
-        changed = self.tokens.at[:, self.half :].set(later)
+        later = (self.tokens[1:, self.half :] + 1) % int(self.module.meta["vocab"])
+        changed = self.tokens.at[1:, self.half :].set(later)
         rest = self.count - 2
         sizes = [1, 1, rest // 2, rest // 2, rest % 2]
         return [Group([changed]), Group(_cut(self.tokens, sizes), self.count + 3)]
@@ -112,6 +113,10 @@ class _Decoding:
         where, tolerance = f"decoding {self.module.name}", _tolerance(self.module)
         moved, cached = made
         span = float(np.max(np.abs(whole)))
+        if not np.allclose(moved[0], whole[0], atol=tolerance * span):
+            raise EffcError(
+                f"{where}: logits of a sequence depend on the other sequences of its batch, want them to stand alone"
+            )
         if not np.allclose(moved[:, : self.half], whole[:, : self.half], atol=tolerance * span):
             raise EffcError(
                 f"{where}: not causal: changing token {self.half} moved earlier logits, want a causal model"

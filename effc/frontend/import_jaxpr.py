@@ -20,9 +20,19 @@ SMALL = 1
 """Captured arrays of more elements become named constants, read like parameters."""
 
 
-def import_traces(traced: Traced) -> Graph:
-    """The IR of both traces as one function of tokens i32[b,t]; captured arrays are its constants."""
-    importer = _Importer(Graph(), traced.points)
+def import_traces(traced: Traced, longest: int = 2048) -> Graph:
+    """The IR of both traces as one function of tokens i32[b,t]; captured arrays are its constants.
+
+    Those that grow with the length are captured once more, at `longest` tokens: they are tables of so many rows.
+    """
+    try:
+        return _imported(_Importer(Graph(), traced.points), traced)
+    except Growing:
+        long = captured_at(traced, longest)
+        return _imported(_Importer(Graph(), traced.points, long), traced)
+
+
+def _imported(importer: _Importer, traced: Traced) -> Graph:
     first, second = traced.first.jaxpr, traced.second.jaxpr
     env: dict[Any, str] = {}
     *weights, tokens = zip(first.invars, second.invars, strict=True)
@@ -32,6 +42,16 @@ def import_traces(traced: Traced) -> Graph:
     importer.constants_of(traced.first, traced.second, env)
     importer.graph.results = importer.run(first, second, env)
     return importer.graph
+
+
+def captured_at(traced: Traced, longest: int) -> list[np.ndarray]:
+    """All captured arrays, in the order that an import meets them, as they are at `longest` tokens."""
+    assert traced.again is not None
+    (b, _), _ = traced.points
+    third = traced.again(b, longest)
+    collector = _Collector(Graph(), (traced.points[0], (b, longest)))
+    _imported(collector, replace(traced, second=third))
+    return collector.met
 
 
 def import_function(traced: Traced, graph: Graph, operands: Sequence[str]) -> list[str]:
@@ -44,10 +64,17 @@ def import_function(traced: Traced, graph: Graph, operands: Sequence[str]) -> li
 
 
 class _Importer:
-    def __init__(self, graph: Graph, points: Any) -> None:
+    def __init__(self, graph: Graph, points: Any, long: Sequence[np.ndarray] | None = None) -> None:
         self.graph = graph
         self.points = points
+        self.long = None if long is None else iter(long)  # captured arrays at a greater length
         self.module = ""  # path of the Flax module whose call is being imported
+
+    def inner(self) -> _Importer:
+        """An importer of a body with a graph of its own, which meets the next captured arrays."""
+        made = _Importer(Graph(), self.points)
+        made.long = self.long
+        return made
 
     # -- operands ---------------------------------------------------------------------------------------
     def parameter(self, path: str, type: Type) -> str:
@@ -63,6 +90,9 @@ class _Importer:
 
     def captured(self, p: np.ndarray, q: np.ndarray) -> str:
         """A captured array: a literal where it is one number, else a named constant."""
+        long = None if self.long is None else next(self.long)
+        if p.shape != q.shape:
+            return self._growing(p, q, long)
         if p.shape != q.shape or not np.array_equal(p, q, equal_nan=p.dtype.kind in "fV"):
             raise EffcError(
                 f"lowering: the program captures an array that changes with the call, {list(p.shape)} and "
@@ -73,6 +103,44 @@ class _Importer:
         if p.size <= SMALL:
             return self.graph.one("const", (), type, value=number(p.reshape(())))
         return self.graph.add("param", (), type, params={"value": self.graph.constant(p)})[0]
+
+    def _growing(self, p: np.ndarray, q: np.ndarray, long: np.ndarray | None) -> str:
+        """An array that grows with the length as the first rows of a long one."""
+        if long is None:
+            raise Growing
+        shape = self.type_of(p, q, "lowering").shape
+        (_, t), (_, u) = self.points
+        same = all(np.array_equal(long[tuple(slice(n) for n in x.shape)], x) for x in self._one(p, q, shape))
+        table = long[tuple(slice(1) if size == B else slice(None) for size in shape)]
+        if not same or any(size not in (B, T) and not isinstance(size, int) for size in shape):
+            raise EffcError(
+                f"lowering: the program captures an array that changes with the call, {list(p.shape)} and "
+                f"{list(q.shape)} for lengths {t} and {u}; want it computed from the tokens' shape"
+            )
+        return self._table(table, shape)
+
+    def _one(self, p: np.ndarray, q: np.ndarray, shape: Sequence[Size]) -> list[np.ndarray]:
+        """Both arrays of one sequence; as they are where sequences differ."""
+        out: list[np.ndarray] = []
+        for x in (p, q):
+            one = x[tuple(slice(1) if size == B else slice(None) for size in shape)]
+            out.append(one if np.array_equal(np.broadcast_to(one, x.shape), x) else x)
+        return out
+
+    def _table(self, table: np.ndarray, shape: tuple[Size, ...]) -> str:
+        """The first t rows along every axis of tokens, stretched over the sequences."""
+        one = tuple(1 if size == B else size for size in shape)
+        type = Type(dtype_name(table.dtype), one)
+        if table.ndim == 1 and table.dtype.kind in "iu" and np.array_equal(table, np.arange(len(table))):
+            return self.graph.one("lax.iota", (), type, dtype=str(type.dtype), shape=one, dimension=0)
+        name = self.graph.add(
+            "param", (), Type(type.dtype, table.shape), params={"value": self.graph.constant(table, "table")}
+        )[0]
+        name = self.graph.one("lax.slice", [name], type, start=(0,) * len(one), limit=one)
+        if one == shape:
+            return name
+        dims = tuple(range(len(shape)))
+        return self.graph.one("lax.broadcast_in_dim", [name], Type(type.dtype, shape), shape=shape, dims=dims)
 
     def operand(self, p: Any, q: Any, env: dict[Any, str], loc: Loc) -> str:
         """The name of a variable's value, or of a new literal."""
@@ -92,8 +160,11 @@ class _Importer:
             return self.size(p, q, str(loc))
         if p == q or (p != p and q != q):
             return p
-        (_, t1), (_, t2) = self.points
-        raise EffcError(f"{loc}: a number depends on the length ({p} at {t1} tokens, {q} at {t2}), want it fixed")
+        first, second = (f"{list(point)}" for point in self.points)
+        raise EffcError(
+            f"{loc}: a number depends on the size of the call ({p} for tokens {first}, {q} for {second}), want it fixed"
+            ": a mean over all tokens or sequences, for instance, lets tokens see later ones"
+        )
 
     def size(self, p: int, q: int, where: str) -> Size:
         """One size for both traces."""
@@ -164,7 +235,7 @@ class _Importer:
         except KeyError as missing:
             raise EffcError(f"{loc}: '{name}' uses {missing}, which effc does not support") from None
         if attrs_p is None or attrs_q is None:
-            raise EffcError(f"{loc}: primitive '{name}' has no meaning in the IR; rewrite that line without it")
+            raise EffcError(f"{loc}: primitive '{name}' has no meaning in the IR{_INSTEAD.get(name, '')}")
         keys = {key: self.merge(attrs_p[key], attrs_q[key], loc) for key in attrs_p}
         types = [self.type_of(x.aval, y.aval, str(loc)) for x, y in zip(p.outvars, q.outvars, strict=True)]
         if name == "squeeze":
@@ -176,7 +247,7 @@ class _Importer:
         """Unroll a scan of fixed length (layers); keep one over tokens as an op with a body."""
         if p.params["length"] == q.params["length"]:
             return self._unrolled(p, q, operands, loc)
-        inner = _Importer(Graph(), self.points)
+        inner = self.inner()
         first, second = p.params["jaxpr"], q.params["jaxpr"]
         types = [
             inner.type_of(x.aval, y.aval, str(loc))
@@ -244,6 +315,39 @@ class _Importer:
                     f"tokens and {q.primitive.name} at {t2}; want one program for all lengths"
                 )
         raise EffcError(f"lowering: the program changes with the length: {len(first)} and {len(second)} ops")
+
+
+_INSTEAD = {
+    "cond": ", which has no branches: want jnp.where, or a condition that is known when the program is traced",
+    "while": ", which has no loops of unknown length: want jax.lax.scan, or fori_loop over a fixed range",
+}
+
+
+class Growing(Exception):
+    """A captured array is larger in the longer trace."""
+
+
+class _Collector(_Importer):
+    """Meets captured arrays in the order of an import, and keeps those of the second trace."""
+
+    def __init__(self, graph: Graph, points: Any) -> None:
+        _Importer.__init__(self, graph, points)
+        self.met: list[np.ndarray] = []
+
+    def inner(self) -> _Importer:
+        made = _Collector(Graph(), self.points)
+        made.met = self.met
+        return made
+
+    def captured(self, p: np.ndarray, q: np.ndarray) -> str:
+        self.met.append(q)
+        return self.graph.one("const", (), Type(dtype_name(p.dtype), p.shape), value=0)
+
+    def merge(self, p: Attr, q: Attr, loc: Loc) -> Attr:
+        return p
+
+    def size(self, p: int, q: int, where: str) -> Size:
+        return p
 
 
 def param_slice(graph: Graph, name: str, axis: int, i: int) -> str | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from effc.errors import EffcError
+from effc.frontend.enclose import enclose
 from effc.frontend.graph import Graph
 from effc.frontend.import_jaxpr import import_traces
 from effc.frontend.naming import rename_values
@@ -17,9 +18,8 @@ from effc.frontend.roll import roll, spelled
 from effc.frontend.simplify import simplify
 from effc.frontend.source import Source, Weights
 from effc.frontend.trace import Traced, trace
-from effc.ir.core import Decode, Func, Loc, Module, Op, Param, Ref, Value
-from effc.ir.rewrite import rename
-from effc.ir.tokens import Dep, dependence, keeps_tokens_apart
+from effc.ir.core import Decode, Func, Module, Op, Param, Ref
+from effc.ir.tokens import Dep, dependence
 from effc.ir.types import evaluate
 from effc.passes.raising.attention import raise_attentions
 from effc.passes.raising.columns import raise_columns
@@ -31,6 +31,10 @@ from effc.weights import Lazy, Store
 
 DEFAULT_CONTEXT = 32768
 """Longest length where neither the checkpoint nor a table of positions sets one."""
+
+
+LONGEST_TABLE = 4096
+"""Length at which arrays that a program makes of the length are taken down: they limit the context."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +50,12 @@ class Lowered:
 def lower(source: Source) -> Lowered:
     """The IR of a model's forward function, ready to decode; no array is read."""
     traced = trace(source.forward, source.spec)
-    graph = import_traces(traced)
+    graph = import_traces(traced, min(source.context or LONGEST_TABLE, LONGEST_TABLE))
     simplify(graph)
     context = _context(source, graph)
-    flat, plain = graph.func("forward"), dict(graph.params)
     notes = raise_all(graph, context)
     func = graph.func("forward")
-    stuck = _mixing(func)
-    if stuck or notes:
-        reasons = [
-            *notes,
-            *(f"{op.loc}: '{op.kind}' mixes tokens and has no incremental rule" for op in stuck[:1]),
-        ]
-        func, extra = _windowed(flat), reasons
-        notes = [f"{reasons[0]}; every step recomputes the whole window: cost grows with the length", *extra[1:]]
-    params = plain if any(op.kind == "window" for op in func.ops) else graph.params
-    module = rename_values(roll(_module(source, func, params, context)))
+    module = rename_values(roll(_module(source, func, graph.params, context)))
     _refuse_blind(module)
     return Lowered(module, store_of(module, source.weights, graph.constants), notes, traced)
 
@@ -77,7 +71,9 @@ def raise_all(graph: Graph, context: int) -> list[str]:
     notes = raise_attentions(graph, context)
     raise_activations(graph)
     simplify(graph)
-    notes += lift_positions(graph)
+    notes = [*enclose(graph), *notes]
+    notes += enclose(graph, lift_positions(graph))
+    simplify(graph)
     raise_embeddings(graph)
     simplify(graph)
     raise_ropes(graph, context)
@@ -89,22 +85,6 @@ def _context(source: Source, graph: Graph) -> int:
     """The longest length that has a meaning."""
     limits = [n for n in (source.context, table_limit(graph)) if n]
     return min(limits) if limits else DEFAULT_CONTEXT
-
-
-def _mixing(func: Func) -> list[Op]:
-    """Ops that need other tokens' values and have no cache of their own."""
-    types = func.types()
-    deps = dependence(func.ops, [v.name for v in func.inputs])
-    return [op for op in func.ops if deps[op.outputs[0].name] == Dep.TOKENS and not keeps_tokens_apart(op, types)]
-
-
-def _windowed(flat: Func) -> Func:
-    """The whole forward as one region that is run again over all tokens for each new one."""
-    (tokens,) = flat.inputs
-    logits = Value("logits", flat.result_types()[0])
-    inner = replace(rename(flat, {tokens.name: f"all_{tokens.name}"}), name="body")
-    op = Op("window", (tokens.name,), (logits,), attrs={"why": "not raised"}, regions={"body": inner}, loc=Loc())
-    return Func("forward", flat.inputs, (op,), ("logits",))
 
 
 def _module(source: Source, func: Func, params: Mapping[str, Param], context: int) -> Module:

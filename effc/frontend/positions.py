@@ -20,7 +20,7 @@ from effc.frontend.simplify import reshaped, transposed
 from effc.frontend.trace import POINTS, Traced
 from effc.ir.core import Op
 from effc.ir.interpret import Context, apply, shape_of
-from effc.ir.tokens import Dep, dependence, token_axes
+from effc.ir.tokens import Dep, dependence, keeps_tokens_apart, token_axes
 from effc.ir.types import NUMPY, Size, Type, depends, name_dim
 
 B, T = name_dim("b"), name_dim("t")
@@ -34,18 +34,21 @@ class Use:
     user: Op
 
 
-def lift_positions(graph: Graph) -> list[str]:
-    """Rewrite them in place; returns why some could not be, with the op that needs them."""
+def lift_positions(graph: Graph) -> dict[str, str]:
+    """Rewrite them in place; by an output of each op whose operands could not be: why."""
     uses = _uses(graph)
+    if not uses:
+        return {}
+    stuck = _Lifter(graph, list(dict.fromkeys(use.name for use in uses))).problems()
+    failed = {use.user.outputs[0].name: stuck[use.name] for use in uses if use.name in stuck}
+    uses = [use for use in uses if use.user.outputs[0].name not in failed]
     leaves = list(dict.fromkeys(use.name for use in uses))
-    if not leaves:
-        return []
-    lifter = _Lifter(graph, leaves)
-    notes = lifter.problems()
-    if notes:
-        return notes
-    lifted = lifter.lift()
-    return [note for use in uses if (note := _rewire(graph, use, lifted[use.name]))]
+    lifted = _Lifter(graph, leaves).lift() if leaves else {}
+    for use in uses:
+        note = _rewire(graph, use, lifted[use.name])
+        if note:
+            failed[graph.find(use.user.outputs[0].name)] = note
+    return failed
 
 
 def _uses(graph: Graph) -> list[Use]:
@@ -120,20 +123,29 @@ class _Lifter:
                     wanted.update(op.inputs)
         return live[::-1]
 
-    def problems(self) -> list[str]:
-        """Ops whose result mixes positions in a way that has no value at one position."""
-        notes: list[str] = []
+    def problems(self) -> dict[str, str]:
+        """Leaves that mix positions in a way that has no value at one position, and why."""
+        found: dict[str, str] = {}  # of every value
         for op in self.ops:
-            name = op.outputs[0].name
-            axes = token_axes(self.graph.type(name))
-            if name in self.counting or not axes:
+            if op.outputs[0].name in self.counting:
                 continue
-            before = [len(token_axes(self.graph.type(i))) for i in op.inputs]
-            if len(axes) > 1:
-                notes.append(f"{op.loc}: '{op.kind}' makes {self.graph.type(name)}, which pairs positions")
-            elif not any(before) and op.kind not in _MADE and not _constant_along(op):
-                notes.append(f"{op.loc}: '{op.kind}' depends on the length in a way effc does not follow")
-        return notes[:1]
+            why = self._problem(op) or next((found[i] for i in op.inputs if i in found), None)
+            found.update({value.name: why for value in op.outputs} if why else {})
+        return {leaf: found[name] for leaf in self.leaves if (name := self.graph.find(leaf)) in found}
+
+    def _problem(self, op: Op) -> str | None:
+        """What is wrong with one op."""
+        type = self.graph.type(op.outputs[0].name)
+        axes = token_axes(type)
+        before = [axis for i in op.inputs for axis in token_axes(self.graph.type(i))]
+        if len(axes) > 1:
+            return f"'{op.kind}' makes {type}, which pairs positions"
+        made = op.kind in _MADE or _constant_along(op)
+        if axes and not before and not made:
+            return f"'{op.kind}' depends on the length in a way effc does not follow"
+        if before and not keeps_tokens_apart(op, self.graph.types):
+            return f"'{op.kind}' of {type} needs the values at other positions"
+        return None
 
     def lift(self) -> dict[str, str]:
         """Each leaf as a function of the tokens' positions: [b, *its shape with b = 1]."""
@@ -257,7 +269,7 @@ def _rewire(graph: Graph, use: Use, lifted: str) -> str | None:
     old = graph.type(use.name).shape
     axis = _batch_axis(old, use.user)
     if axis is None:
-        return f"{use.user.loc}: '{use.user.kind}' reads positions in a way effc does not follow"
+        return f"'{use.user.kind}' reads positions in a way effc does not follow"
     shape = graph.type(lifted).shape  # [b, *old with b = 1]
     if axis < len(old) and depends(old[axis], "t"):  # sequences and tokens merged on one axis
         new = reshaped(graph, lifted, old) if axis == 0 else None
@@ -268,7 +280,7 @@ def _rewire(graph: Graph, use: Use, lifted: str) -> str | None:
         moved = transposed(graph, lifted, (*front, *order))
         new = reshaped(graph, moved, tuple(shape[a] for a in order))
     if new is None:
-        return f"{use.user.loc}: '{use.user.kind}' reads positions in a way effc does not follow"
+        return f"'{use.user.kind}' reads positions in a way effc does not follow"
     _swap(graph, use, new)
     return None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from effc.ir.core import Attr, Func, Op, Ref
 from effc.ir.types import Dim, Type, evaluate
 from effc.runtime import layers, primitives
 from effc.runtime.qarray import QArray
+from effc.runtime.window import COMBINED
 
 Weight = Any  # jax.Array or QArray
 Sizes = Mapping[str, int]
@@ -130,28 +132,93 @@ def _kept(op: Op, new: tuple[Array, ...], context: Context) -> tuple[Array, ...]
     return kept
 
 
+def _keep(op: Op, operands: Sequence[Array], weights: Any, attrs: Any, context: Context) -> Sequence[Array]:
+    _kept(op, tuple(operands), context)
+    return operands
+
+
 def _poisoned(shape: tuple[int, ...], dtype: Any) -> Array:
     """Unfilled rows hold large finite values: reading one shows."""
     return jnp.full(shape, 1e4 if jnp.issubdtype(dtype, jnp.floating) else 1, dtype)
 
 
 def _window(op: Op, operands: Sequence[Array], weights: Any, attrs: Any, context: Context) -> Sequence[Array]:
-    kept = _kept(op, tuple(operands), context)
-    whole = kept[0].shape[1]
-    body = op.regions["body"]
-    sizes = {"b": 1, "t": whole}
+    count, back = len(operands) - attrs.get("fixed", 0), attrs.get("lookback", -1)
+    rows, fixed, body = tuple(operands[:count]), operands[count:], op.regions["body"]
+    b, t = rows[0].shape[:2]
+    if back:
+        rows = _kept(op, rows, context)
+    if context.cache is None or not back:
+        return evaluate_func(body, [*rows, *fixed], context.weights, _from_start(b, t))
+    start = jnp.zeros(b, jnp.int32)
+    if 0 < back < rows[0].shape[1] - t:
+        start = jnp.clip(context.positions[:, 0] - back, 0, rows[0].shape[1] - t - back)
+        rows = tuple(_taken(x, start[:, None] + jnp.arange(back + t)) for x in rows)
+    outs = evaluate_func(body, [*rows, *fixed], context.weights, _from_start(b, rows[0].shape[1]))
+    return [_taken(x, context.positions - start[:, None]) for x in outs]
 
-    def row(*rows: Array) -> tuple[Array, ...]:
-        inner = Context(sizes, jnp.arange(whole, dtype=jnp.int32)[None])
-        return tuple(evaluate_func(body, [r[None] for r in rows], context.weights, inner))
 
-    outs = [jnp.stack(parts) for parts in zip(*(row(*(k[i] for k in kept)) for i in range(kept[0].shape[0])))]
-    index = context.positions
-    return [jax.vmap(lambda full, at: full[0][at])(out, index) for out in outs]
+def _from_start(b: int, t: int) -> Context:
+    return Context({"b": b, "t": t}, jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t)))
+
+
+def _taken(x: Array, index: Array) -> Array:
+    """Rows index[b,n] of x[b,S,...]."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def _running(op: Op, operands: Sequence[Array], weights: Any, attrs: Any, context: Context) -> Sequence[Array]:
+    along, both = COMBINED[attrs["fn"]]
+    total = along(operands[0], 1)
+    (before,) = _previous(op, (total,), context)
+    if before is not None:
+        total = jnp.where(_some(context, total.ndim), both(before[:, None], total).astype(total.dtype), total)
+    _kept(op, (total,), context)
+    return [total]
+
+
+def _recur(op: Op, operands: Sequence[Array], weights: Any, attrs: Any, context: Context) -> Sequence[Array]:
+    consts, carry = attrs["consts"], attrs["carry"]
+    fixed, first, rows = operands[:consts], operands[consts : consts + carry], operands[consts + carry :]
+    b, t = context.positions.shape
+    shapes = tuple(jax.ShapeDtypeStruct((b, 1, *x.shape[1:]), x.dtype) for x in first)
+    old = _previous(op, shapes, context)
+    state = [x if y is None else jnp.where(_some(context, x.ndim), y, x) for x, y in zip(first, old, strict=True)]
+    body, found = op.regions["body"], []
+    inner = Context({"b": 1, "t": 1}, jnp.zeros((1, 1), jnp.int32), weights=context.weights)
+    one = jax.vmap(lambda s, x: evaluate_func(body, [*fixed, *s, *x], context.weights, inner))
+    for i in range(t):
+        out = one(state, [x[:, i] for x in rows])
+        state = out[:carry]
+        found.append(out)
+    kept, results = (tuple(map(partial(jnp.stack, axis=1), zip(*part))) for part in _split(found, carry))
+    _kept(op, kept, context)
+    return results
+
+
+def _split(found: Sequence[Sequence[Array]], at: int) -> tuple[list[Sequence[Array]], list[Sequence[Array]]]:
+    return [out[:at] for out in found], [out[at:] for out in found]
+
+
+def _previous(op: Op, like: Sequence[Any], context: Context) -> Sequence[Array | None]:
+    """The row before this call's of what is kept, [b,...]; None where there is no cache."""
+    key = f"/{op.outputs[0].name}"
+    if context.cache is None:
+        return [None] * len(like)
+    if key not in context.cache:
+        return [_poisoned((x.shape[0], *x.shape[2:]), x.dtype) for x in like]
+    at = jnp.maximum(context.positions[:, :1] - 1, 0)
+    return [_taken(x, at)[:, 0] for x in context.cache[key]]
+
+
+def _some(context: Context, rank: int) -> Array:
+    """Whether there are earlier tokens, for each sequence."""
+    return (context.positions[:, 0] > 0).reshape(-1, *(1,) * (rank - 1))
 
 
 _SPECIAL: dict[str, Callable[..., Sequence[Array]]] = {
     "const": _const, "param": _param, "positions": _positions, "attention": _attention, "window": _window,
+    "running": _running, "recur": _recur, "keep": _keep,
 }  # fmt: skip
 
 

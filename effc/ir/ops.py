@@ -200,10 +200,26 @@ _ROWS = [
          "run a block `times` times; the first `carry` operands are fed back, the rest stay the same; "
          "stacked parameters give array start+i to run i, or with an order array order[start+i] "
          "(those that hold one for each number of the order: start+i)"),
+    _row("early", "x*", "", "block:ref times:int exits:ints exit:ref head:ref keys:ref "
+         "measure:softmax|softmax_max|state|classifier=softmax threshold:float=1.0 rows:masked|wait=masked "
+         "decay:none|paper|t5x=none tau:float=4.0", _declared, _C,
+         "repeat(x, ..), from which a token leaves after exits[i] layers where the confidence of exit i reaches the "
+         "threshold (1: never); results are head(exit_i(x)) or head(x), and the layers run, i32[b,t]; skipped layers "
+         "run `keys` on the x that left, which keeps what later tokens see"),
+    _row("keep", "x*", "", "", lambda op, i, p: tuple(i), _C,
+         "keep rows [b,t,...] of every token as attention keeps k and v; gives them back"),
     _row("call", "x*", "", "func:ref", _declared, _C, "the results of another function of the module"),
-    _row("window", "x*", "", "why:str", _declared, _C,
-         "run the region over all tokens so far and keep the rows of this call: "
-         "right for any causal op, costs O(length) a token",
+    _row("running", "x", "", "fn:sum|prod|max|min|logsumexp=sum", _same, _C,
+         "total of x[b,t,...] over this and all earlier tokens; keeps every token's total"),
+    _row("recur", "x*", "", "consts:int carry:int", _declared, _C,
+         "a recurrence: operands are `consts` constants, first carries [b,...], then items [b,t,...]; the region of "
+         "(constants, carries, items) of one token of one sequence gives its next carries, then results [b,t,...]; "
+         "keeps the carry after every token",
+         "body"),
+    _row("window", "x*", "", "why:str fixed:int=0 lookback:int=-1", _declared, _C,
+         "run the region over the rows [b,t,...] of all tokens so far and keep those of this call: right for any "
+         "causal op, costs O(length) a token; with lookback n the region sees this call's rows and n before, with 0 "
+         "nothing is kept; the last `fixed` operands are no rows",
          "body"),
 ]  # fmt: skip
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from effc.ir.core import Attr, Func, Module, Op, Param, Ref
+from effc.ir.early import Tokens, leave_early
 from effc.ir.interpret import Context, Weight, apply, evaluate_func
 from effc.ir.ops import Along, array_index, attribute, spec_of
 from effc.ir.rewrite import inline_calls
@@ -178,14 +179,21 @@ def _step(
     if op.kind == "repeat":
         _repeat(module, store, op, states)
         return
+    if op.kind == "early":
+        _early(module, store, op, states)
+        return
     held = _held(module, store, [op], layer, order)
     weights = {role: held[name] for role, name in op.params.items()}
-    run_op = apply if op.regions or op.kind == "attention" else _by_itself(op)
+    run_op = apply if op.regions or op.kind in KEEPING else _by_itself(op)
     for state in states:
         state.context.weights = held
         results = run_op(op, [state.values[name] for name in op.inputs], weights, state.context)
         state.values.update(zip((value.name for value in op.outputs), results, strict=True))
         state.context.weights = {}
+
+
+KEEPING = frozenset({"attention", "running", "keep"})
+"""Ops without regions that keep something of every token."""
 
 
 def params_of(ops: Sequence[Op]) -> list[str]:
@@ -230,6 +238,25 @@ def _repeat(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence
         jax.block_until_ready(carried)
     for state, operands in zip(states, carried, strict=True):
         state.values.update(zip((value.name for value in op.outputs), operands[:carry], strict=True))
+
+
+def _early(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence[_State]) -> None:
+    """Every layer on every chunk; tokens that have left keep their state, which is what they are defined by."""
+    tokens = [Tokens(state.values[op.inputs[0]]) for state in states]
+    rest = [[state.values[name] for name in op.inputs[1:]] for state in states]
+
+    def call(name: str) -> Callable[[Sequence[Array], int], list[Sequence[Array]]]:
+        target = op.attrs[name]
+        assert isinstance(target, Ref)
+        func = module.funcs[target.name]
+        once = _block(module, store, replace(func, ops=inline_calls(module, func).ops), (), None)
+        more = rest if name == "block" else [[] for _ in states]
+        return lambda xs, i: [list(r) for r in once(states, [[x, *others] for x, others in zip(xs, more)], i)]
+
+    leave_early(op, tokens, call("block"), call("exit"), call("head"))
+    for state, mine in zip(states, tokens, strict=True):
+        assert mine.shown is not None
+        state.values.update(zip((value.name for value in op.outputs), (mine.shown, mine.layers), strict=True))
 
 
 Once = Callable[[Sequence[_State], Sequence[list[Array]], int], Iterable[Sequence[Array]]]

@@ -6,10 +6,10 @@ order they run, which is the same in every call, so entries are a plain list, on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +32,27 @@ class Rows:
         """Each as [b,S,...]."""
         return tuple(_outer(value, g) for value, g in zip(self.values, self.heads, strict=True))
 
+    def empty(self, capacity: int) -> Rows:
+        """Zeros with room for `capacity` tokens a sequence."""
+        zeros = [jnp.zeros((x.shape[0], capacity, *x.shape[2:]), x.dtype) for x in self.values]
+        return Rows(tuple(zeros), self.heads)
+
+
+class Entry(Protocol):
+    """What an op, or a group of them, keeps of earlier tokens."""
+
+    def empty(self, capacity: int) -> Any:
+        """The same, with nothing in it and room for `capacity` tokens a sequence."""
+        ...
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """lengths i32[b]: tokens each sequence holds; entries: one `Rows` an op that looks back."""
+    """lengths i32[b]: tokens each sequence holds; entries: one `Rows` an op that looks back, the first among them."""
 
     lengths: jax.Array
-    entries: tuple[Rows, ...]
+    entries: tuple[Any, ...]
 
     @property
     def capacity(self) -> int:
@@ -47,7 +60,7 @@ class Cache:
         return self.entries[0].values[0].shape[1] if self.entries else 2**31 - 1
 
 
-def _inner(value: jax.Array) -> jax.Array:
+def inner(value: jax.Array) -> jax.Array:
     """[b,t,g,d] as stored; other ranks as they are."""
     if value.ndim != 4:
         return value
@@ -72,19 +85,55 @@ class Step:
 
     def __init__(self, tokens: jax.Array, cache: Cache | None = None, valid: jax.Array | None = None):
         self._batch, self._count = tokens.shape[:2]
-        self._before, self._valid, self._after = cache, valid, list[Rows]()
+        self._before, self._valid, self._after = cache, valid, list[Any]()
         self.lengths = jnp.zeros(self._batch, jnp.int32) if cache is None else cache.lengths
         self.positions = self.lengths[:, None] + jnp.arange(self._count, dtype=jnp.int32)[None, :]
 
     def append(self, *values: jax.Array) -> tuple[jax.Array, ...]:
         """Each [b,t,...] after the rows kept so far: [b,S,...]."""
         heads = tuple(value.shape[2] if value.ndim == 4 else 0 for value in values)
-        stored = tuple(map(_inner, values))
+        stored = tuple(map(inner, values))
         if self._before is not None:
             kept = self._before.entries[len(self._after)].values
-            stored = tuple(_write(old, new, self.lengths) for old, new in zip(kept, stored, strict=True))
+            stored = tuple(write(old, new, self.lengths) for old, new in zip(kept, stored, strict=True))
         self._after.append(Rows(stored, heads))
         return self._after[-1].all()
+
+    def previous(self) -> tuple[jax.Array, ...] | None:
+        """The last row of each sequence, [b,...], of what the next `append` appends to; None without a cache.
+
+        Means nothing for a sequence of no tokens.
+        """
+        if self._before is None:
+            return None
+        full = self._before.entries[len(self._after)].all()
+        index = jnp.maximum(self.lengths - 1, 0)
+        pick = jax.vmap(lambda rows, at: lax.dynamic_index_in_dim(rows, at, keepdims=False))
+        return tuple(pick(x, index) for x in full)
+
+    @property
+    def taken(self) -> int:
+        """How many entries this call has grown so far."""
+        return len(self._after)
+
+    def ahead(self, count: int) -> tuple[Any, ...]:
+        """The next `count` entries as they were before this call."""
+        assert self._before is not None
+        return self._before.entries[self.taken : self.taken + count]
+
+    def put(self, grown: Sequence[Entry]) -> None:
+        """Entries that a step of their own has grown."""
+        self._after.extend(grown)
+
+    def grown(self, first: int) -> tuple[Any, ...]:
+        """Entries from number `first` on as they are after this call."""
+        return tuple(self._after[first:])
+
+    def tokens(self) -> jax.Array:
+        """bool[b,t]: which are tokens and not padding."""
+        if self._valid is None:
+            return jnp.ones((self._batch, self._count), bool)
+        return jnp.arange(self._count)[None] < self._valid[:, None]
 
     def last(self, x: jax.Array) -> jax.Array:
         """[b,1,...]: the row of the last valid token; x[b,t,...] itself when all are valid."""
@@ -109,7 +158,7 @@ class Step:
         return Cache(self.lengths + grown, tuple(self._after))
 
 
-def _write(old: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
+def write(old: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
     """`old` with sequence i of `new` written at row lengths[i], in place where donated."""
     new, sequences = new.astype(old.dtype), lengths.shape[0]
     each, rest = old.shape[0] // sequences, (0,) * (old.ndim - 2)
@@ -127,8 +176,5 @@ def cache_shapes(extend: Callable[..., Any], params: Any, batch: int) -> Cache:
 
 def empty_cache(shapes: Cache, capacity: int) -> Cache:
     """A cache of zeros with room for `capacity` tokens a sequence."""
-
-    def zeros(x: Any) -> jax.Array:
-        return jnp.zeros((x.shape[0], capacity, *x.shape[2:]), x.dtype)
-
-    return Cache(jnp.zeros(shapes.lengths.shape, jnp.int32), jax.tree.map(zeros, shapes.entries))
+    entries = tuple(entry.empty(capacity) for entry in shapes.entries)
+    return Cache(jnp.zeros(shapes.lengths.shape, jnp.int32), entries)

@@ -80,7 +80,7 @@ def test_alternating_layers_repeat_in_pairs() -> None:
 def test_what_cannot_be_raised_says_so_and_still_decodes() -> None:
     _, low = lowered("sink")
     assert "window" in kinds(low)
-    assert "recomputes the whole window" in low.notes[0]
+    assert "recompute the whole window" in low.notes[0]
     assert re.search(r"zoo\.py:\d+", low.notes[0])
 
 
