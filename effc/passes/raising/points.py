@@ -231,7 +231,7 @@ class _At:
         """Points of a value made whole, if it is small and depends on nothing."""
         shape = shape_of(self.graph.type(name), self.sizes)
         ops = region(self.graph, [name], [])
-        if any(o.kind == "param" and not self._constant(o) for o in ops):
+        if not all(self._constant(p) for o in ops for p in o.params.values()):
             raise Unseen("the mask depends on parameters")
         made = {v.name for o in ops for v in o.outputs}
         if any(i not in made for o in ops for i in o.inputs):
@@ -244,8 +244,8 @@ class _At:
             self.memo[key] = run_region(self.graph, [name], {}, self.sizes, params)[0]
         return self.memo[key][tuple(index)] if index else self.memo[key]
 
-    def _constant(self, op: Op) -> bool:
-        return self.graph.params[op.params["value"]].path in self.graph.constants
+    def _constant(self, param: str) -> bool:
+        return self.graph.params[param].path in self.graph.constants
 
 
 _ZERO = np.zeros((), np.int64)
