@@ -289,8 +289,9 @@ def _build(
     """The attention, in the axes that the product of probabilities and values had."""
     value = _values(graph, out, 1 - side, found.axes, layout)
     q = _four(graph, scores.inputs[found.queries], found.q)
-    k = _unrepeated(graph, _four(graph, scores.inputs[1 - found.queries], found.k))
-    v = _unrepeated(graph, _four(graph, out.inputs[1 - side], value))
+    k, v = _fewest_heads(
+        graph, _four(graph, scores.inputs[1 - found.queries], found.k), _four(graph, out.inputs[1 - side], value)
+    )
     if graph.type(k).shape[2] != graph.type(v).shape[2]:
         raise Unseen(f"keys {graph.type(k)} and values {graph.type(v)} have different heads")
     q, k, factor = _unscaled(graph, q, k)
@@ -386,6 +387,13 @@ def _unrepeated(graph: Graph, name: str) -> str:
     return name
 
 
+def _fewest_heads(graph: Graph, k: str, v: str) -> tuple[str, str]:
+    """Keys and values before their heads were repeated, where both were alike."""
+    few = _unrepeated(graph, k), _unrepeated(graph, v)
+    alike = graph.type(few[0]).shape[2] == graph.type(few[1]).shape[2]
+    return few if alike else (k, v)
+
+
 _MOVES = {"lax.reshape", "lax.transpose", "lax.broadcast_in_dim", "lax.gather", "lax.concatenate", "lax.tile"}
 
 
@@ -405,17 +413,36 @@ def _shape_chain(graph: Graph, name: str) -> list[str]:
 def _repeats(graph: Graph, name: str, base: str, ratio: int) -> str | None:
     """`base` as [b,t,g,d] if `name` is that with every head repeated `ratio` times; found by numbering elements."""
     type = graph.type(base)
-    if len(type.shape) != 4:
-        return None
+    b, t, h, d = graph.type(name).shape
     ids = _numbered(type)
     (spread,) = run_region(graph, [name], {base: ids}, NUMBERED)
     wanted = spread[:, :, ::ratio]
-    if not np.array_equal(np.repeat(wanted, ratio, axis=2), spread):
+    if not isinstance(h, int) or h % ratio or not np.array_equal(np.repeat(wanted, ratio, axis=2), spread):
         return None
-    b, t, h, d = graph.type(name).shape
-    assert isinstance(h, int)
-    for order in itertools.permutations(range(4)):
+    if np.array_equal(ids.reshape(wanted.shape), wanted):
+        return reshaped(graph, base, (b, t, h // ratio, d))
+    for order in itertools.permutations(range(4)) if len(type.shape) == 4 else ():
         if tuple(type.shape[a] for a in order) == (b, t, h // ratio, d):
             if np.array_equal(ids.transpose(order), wanted):
                 return transposed(graph, base, order)
     return None
+
+
+def share_heads(graph: Graph) -> None:
+    """Keys that were repeated, then turned, are turned and left for several query heads to read."""
+    for op in graph.order():
+        if op.kind == "attention":
+            _share(graph, graph.op(op.outputs[0].name) or op)
+
+
+def _share(graph: Graph, op: Op) -> None:
+    q, k, v, *extra = op.inputs
+    fewer = _unrepeated(graph, v)
+    turned = graph.op(k)
+    if turned is not None and turned.kind == "rope":
+        few = _unrepeated(graph, turned.inputs[0])
+        k = graph.add("rope", [few, *turned.inputs[1:]], graph.type(few), attrs=turned.attrs, loc=turned.loc)[0]
+    if fewer == v or graph.type(k).shape[2] != graph.type(fewer).shape[2]:
+        return
+    (made,) = graph.add("attention", [q, k, fewer, *extra], op.out.type, attrs=op.attrs, regions=op.regions, loc=op.loc)
+    graph.become(op.outputs[0].name, made)

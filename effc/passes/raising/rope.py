@@ -64,7 +64,8 @@ def _raise(
             continue
         if found not in tables:
             tables[found] = _table(graph, positions, found)
-        graph.become(y, _rope(graph, x, graph.op(y), tables[found], found.style))
+        same = reshaped(graph, x, graph.type(y).shape)
+        graph.become(y, _rope(graph, same, graph.op(y), tables[found], found.style))
         return
 
 
@@ -111,8 +112,8 @@ def _place(type: Type) -> Place | None:
 
 
 def _sources(graph: Graph, y: str, positions: str, deps: dict[str, Dep]) -> Iterator[str]:
-    """Values that y may rotate: of its shape, and with positions all it depends on."""
-    shape = graph.type(y).shape
+    """Values that y may rotate: with as many elements, and with positions all it depends on."""
+    size = product(graph.type(y).shape)
     queue, seen = [y], set[str]()
     while queue and len(seen) < SPAN:
         name = queue.pop(0)
@@ -120,7 +121,7 @@ def _sources(graph: Graph, y: str, positions: str, deps: dict[str, Dep]) -> Iter
         if name in seen or op is None or deps.get(name, Dep.TOKENS) < Dep.TOKENS:
             continue
         seen.add(name)
-        if name != y and graph.type(name).shape == shape and _only(graph, y, name, positions, deps):
+        if name != y and product(graph.type(name).shape) == size and _only(graph, y, name, positions, deps):
             yield name
         if op.kind in MOVES:
             queue.extend(op.inputs)
@@ -139,7 +140,7 @@ def _only(graph: Graph, y: str, x: str, positions: str, deps: dict[str, Dep]) ->
 
 def _rotation(graph: Graph, x: str, y: str, positions: str, context: int) -> Rotation | None:
     """The rotation that y applies to x, from what becomes of unit vectors at chosen positions."""
-    place, width = _place(graph.type(x)), graph.type(x).shape[-1]
+    place, width = _place(graph.type(y)), graph.type(y).shape[-1]
     if place is None or not isinstance(width, int) or width > 1024:
         return None
     at = np.array([p for p in (0, 1, 2, 7, 64, 1000, 8000) if p < context], np.int32)
@@ -157,9 +158,9 @@ def _maps(
     graph: Graph, x: str, y: str, positions: str, place: Place, at: np.ndarray
 ) -> np.ndarray | None:  # fmt: skip
     """[position, width in, width out] for one head: y is linear in x at each position."""
-    width = evaluate(graph.type(x).shape[-1], {})
+    width = evaluate(graph.type(y).shape[-1], {})
     sizes = {"b": width, "t": len(at)}
-    eye = _each_unit(shape_of(graph.type(x), sizes), place, width)
+    eye = _each_unit(shape_of(graph.type(y), sizes), place, width).reshape(shape_of(graph.type(x), sizes))
     names = [name for op in region(graph, [y], [x, positions]) for name in op.params.values()]
     params = {name: constant_of(graph, name) for name in names}
     if any(array is None for array in params.values()):
