@@ -11,6 +11,7 @@ import numpy as np
 from effc.errors import EffcError
 from effc.frontend.encode import IDENTITY, INLINED, RENAMED, dtype_name, encode, number
 from effc.frontend.graph import Graph
+from effc.frontend.pairs import Pair, halves, has_pairs, is_complex, paired
 from effc.frontend.trace import B, T, Traced, formula
 from effc.ir.core import Attr, Loc, Param
 from effc.ir.rewrite import rename
@@ -86,7 +87,13 @@ class _Importer:
     def constants_of(self, first: Any, second: Any, env: dict[Any, str]) -> None:
         """Bind the arrays that the two traces captured."""
         for var, p, q in zip(first.jaxpr.constvars, first.consts, second.consts, strict=True):
-            env[var] = self.captured(np.asarray(p), np.asarray(q))
+            env[var] = self.held(np.asarray(p), np.asarray(q))
+
+    def held(self, p: np.ndarray, q: np.ndarray) -> Any:
+        """A captured array; of complex numbers a pair."""
+        if not is_complex(p.dtype):
+            return self.captured(p, q)
+        return Pair(*(self.captured(x, y) for x, y in zip(halves(p), halves(q), strict=True)))
 
     def captured(self, p: np.ndarray, q: np.ndarray) -> str:
         """A captured array: a literal where it is one number, else a named constant."""
@@ -142,12 +149,12 @@ class _Importer:
         dims = tuple(range(len(shape)))
         return self.graph.one("lax.broadcast_in_dim", [name], Type(type.dtype, shape), shape=shape, dims=dims)
 
-    def operand(self, p: Any, q: Any, env: dict[Any, str], loc: Loc) -> str:
+    def operand(self, p: Any, q: Any, env: dict[Any, Any], loc: Loc) -> Any:
         """The name of a variable's value, or of a new literal."""
         if type(p).__name__ != "Literal":
             return env[p]
-        if np.size(p.val) > 1:
-            return self.captured(np.asarray(p.val), np.asarray(q.val))
+        if np.size(p.val) > 1 or is_complex(p.aval.dtype):
+            return self.held(np.asarray(p.val), np.asarray(q.val))
         value = self.merge(number(p.val), number(q.val), loc)
         return self.graph.one("const", (), self.type_of(p.aval, q.aval, str(loc)), loc, value=value)
 
@@ -176,7 +183,7 @@ class _Importer:
     def type_of(self, p: Any, q: Any, where: str) -> Type:
         """One type for both traces."""
         try:
-            dtype = dtype_name(p.dtype)
+            dtype = "f32" if is_complex(p.dtype) else dtype_name(p.dtype)  # of each part
         except (KeyError, TypeError):
             raise EffcError(f"{where}: arrays of dtype {p.dtype} are not supported") from None
         if len(p.shape) != len(q.shape):
@@ -202,6 +209,8 @@ class _Importer:
         operands = [self.operand(x, y, env, loc) for x, y in zip(p.invars, q.invars, strict=True)]
         if name in IDENTITY:
             results = operands
+        elif has_pairs(p, operands) and name not in INLINED and name != "scan":
+            results = self.pairs(p, q, operands, loc)
         elif name in INLINED:
             outer, self.module = self.module, loc.module
             results = self.call(p, q, operands)
@@ -241,6 +250,14 @@ class _Importer:
         if name == "squeeze":
             return self.graph.add("lax.reshape", operands, types, attrs={"new_sizes": types[0].shape}, loc=loc)
         return self.graph.add(f"lax.{RENAMED.get(name, name)}", operands, types, attrs=keys, loc=loc)
+
+    def pairs(self, p: Any, q: Any, operands: list[Any], loc: Loc) -> list[Any]:
+        """Import an equation on complex numbers as equations on their parts."""
+        name = p.primitive.name
+        found = paired(self.graph, name, operands, lambda part: self.primitive(p, q, list(part), loc), loc)
+        if found is None:
+            raise EffcError(f"{loc}: '{name}' of complex numbers is not supported; rewrite that line with real ones")
+        return found
 
     # -- scans ------------------------------------------------------------------------------------------
     def scan(self, p: Any, q: Any, operands: list[str], loc: Loc) -> list[str]:
@@ -289,6 +306,8 @@ class _Importer:
 
     def item(self, name: str, i: int, loc: Loc) -> str:
         """The i-th piece along the first axis; of a parameter, a parameter of its own."""
+        if isinstance(name, Pair):
+            return Pair(*(self.item(part, i, loc) for part in name))  # type: ignore[return-value]
         type = self.graph.type(name)
         sliced = Type(type.dtype, type.shape[1:])
         source = param_slice(self.graph, name, 0, i)
