@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from jax import Array
 from jax.extend.core import jaxpr_as_fun
 
 from effc.errors import EffcError
+from effc.frontend.exactly import exactly, halved, widened
 from effc.frontend.lowering import Lowered
 from effc.frontend.source import Source, Weights
 from effc.ir.core import Module, walk
@@ -20,8 +21,12 @@ from effc.ir.stream import Group, Reads, run_groups
 TOLERANCE = 1e-4
 """Largest difference of logits, as a part of their range, in f32."""
 
-HALF = 0.1
-"""The same where the model computes in half precision; a tenth of it is allowed on the average."""
+ALIKE = 4.0
+"""In half precision nothing is exact: module and model must be about as far from the module in f32, no more than
+so many times farther than the other."""
+
+ROUNDING = 2e-3
+"""What rounding to half precision may put logits off anyway, as a part of their range (root mean square)."""
 
 
 def check(lowered: Lowered, source: Source, tokens: np.ndarray | None = None, *, seed: int = 0) -> list[str]:
@@ -37,8 +42,20 @@ def check(lowered: Lowered, source: Source, tokens: np.ndarray | None = None, *,
     wanted = original_logits(program, traced.paths, source.weights, prompts)
     decoded = _Decoding(module, prompts)
     made, *runs = _logits(module, lowered.store, [Group([prompts]), *decoded.groups()])
-    worst = compare(made, wanted, f"lowering {module.name}", _tolerance(module))
-    return [f"logits {list(prompts.shape)}: differ by {worst:.1e} of their range", decoded.compared(made, runs)]
+    judge = _judge(module, lowered.store, prompts)
+    said = judge(made, wanted, f"lowering {module.name}")
+    return [f"logits {list(prompts.shape)}: {said}", decoded.compared(made, runs, judge)]
+
+
+Judge = Callable[[np.ndarray, np.ndarray, str], str]
+"""Says how far logits are from what is wanted, of the first positions; EffcError where that is too far."""
+
+
+def _judge(module: Module, store: Mapping[str, Reads], prompts: Array) -> Judge:
+    if not halved(module):
+        return lambda made, wanted, where: f"differ by {compare(made, wanted, where, TOLERANCE):.1e} of their range"
+    (exact,) = _logits(exactly(module), widened(module, store), [Group([prompts])])
+    return lambda made, wanted, where: alike(made, wanted, exact[:, : made.shape[1]], where)
 
 
 def _prompts(module: Module, tokens: np.ndarray | None, rng: np.random.Generator) -> Array:
@@ -58,12 +75,6 @@ def _window(module: Module) -> int:
     return max(small, default=0)
 
 
-def _tolerance(module: Module) -> float:
-    """1e-4 in f32; what half-precision arithmetic can promise otherwise."""
-    dtypes = {str(op.outputs[0].type.dtype) for func in module.funcs.values() for op in func.ops if op.kind == "linear"}
-    return TOLERANCE if dtypes <= {"f32"} else HALF
-
-
 def compare(made: np.ndarray, wanted: np.ndarray, where: str, tolerance: float) -> float:
     """The largest difference as a part of the range; EffcError beyond the tolerance, or where not finite."""
     if not np.isfinite(wanted).all():
@@ -71,8 +82,6 @@ def compare(made: np.ndarray, wanted: np.ndarray, where: str, tolerance: float) 
     span = float(np.max(np.abs(wanted))) or 1.0
     differ = np.abs(made.astype(np.float64) - wanted) / span
     worst = float(np.max(differ)) if np.isfinite(made).all() else float("inf")
-    if tolerance == HALF and worst <= HALF:
-        worst = max(worst, 10 * float(np.sqrt(np.mean(differ**2))))
     if worst > tolerance:
         row, place = np.unravel_index(int(np.argmax(np.nan_to_num(differ, nan=np.inf).max(-1))), differ.shape[:2])
         raise EffcError(
@@ -80,6 +89,24 @@ def compare(made: np.ndarray, wanted: np.ndarray, where: str, tolerance: float) 
             f"want at most {tolerance:.0e}; this is a fault of effc, please report it with the model's code"
         )
     return worst
+
+
+def alike(made: np.ndarray, wanted: np.ndarray, exact: np.ndarray, where: str) -> str:
+    """How far both are from the exact logits at their worst position; EffcError where one is much farther."""
+    if not np.isfinite(wanted).all():
+        raise EffcError(f"{where}: the model's own logits are not finite, want trained weights")
+    span = float(np.max(np.abs(exact))) or 1.0
+    mine, theirs = (np.sqrt(np.mean((x.astype(np.float64) - exact) ** 2, -1)) / span for x in (made, wanted))
+    far = float(mine.max()) if np.isfinite(made).all() else float("inf")
+    limit = ALIKE * min(far, float(theirs.max())) + ROUNDING
+    if max(far, float(theirs.max())) > limit:
+        row, place = np.unravel_index(int(np.argmax(np.nan_to_num(np.maximum(mine, theirs), nan=np.inf))), mine.shape)
+        raise EffcError(
+            f"{where}: in half precision logits are off by {far:.1e} of their range, the model's by {theirs.max():.1e}"
+            f", most at sequence {row}, position {place}, want them alike; this is a fault of effc, please report it "
+            "with the model's code"
+        )
+    return f"off by {far:.1e} of their range by rounding, the model's by {theirs.max():.1e}"
 
 
 def _logits(module: Module, store: Mapping[str, Reads], groups: Sequence[Group]) -> list[np.ndarray]:
@@ -108,21 +135,21 @@ class _Decoding:
         sizes = [1, 1, rest // 2, rest // 2, rest % 2]
         return [Group([changed]), Group(_cut(self.tokens, sizes), self.count + 3)]
 
-    def compared(self, whole: np.ndarray, made: Sequence[np.ndarray]) -> str:
+    def compared(self, whole: np.ndarray, made: Sequence[np.ndarray], judge: Judge) -> str:
         """A line on how far the runs are from the full forward; EffcError where too far."""
-        where, tolerance = f"decoding {self.module.name}", _tolerance(self.module)
+        where = f"decoding {self.module.name}"
         moved, cached = made
-        span = float(np.max(np.abs(whole)))
-        if not np.allclose(moved[0], whole[0], atol=tolerance * span):
+        near = (10 * ROUNDING if halved(self.module) else TOLERANCE) * float(np.max(np.abs(whole)))
+        if not np.allclose(moved[0], whole[0], atol=near):
             raise EffcError(
                 f"{where}: logits of a sequence depend on the other sequences of its batch, want them to stand alone"
             )
-        if not np.allclose(moved[:, : self.half], whole[:, : self.half], atol=tolerance * span):
+        if not np.allclose(moved[:, : self.half], whole[:, : self.half], atol=near):
             raise EffcError(
                 f"{where}: not causal: changing token {self.half} moved earlier logits, want a causal model"
             )
-        worst = compare(cached, whole[:, : cached.shape[1]], where, tolerance)
-        return f"decoding {list(self.tokens.shape)} in chunks: differs by {worst:.1e} of the range"
+        said = judge(cached, whole[:, : cached.shape[1]], where)
+        return f"decoding {list(self.tokens.shape)} in chunks: {said}"
 
 
 def _cut(tokens: Array, sizes: Sequence[int]) -> list[Array]:

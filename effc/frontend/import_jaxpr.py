@@ -70,6 +70,7 @@ class _Importer:
         self.points = points
         self.long = None if long is None else iter(long)  # captured arrays at a greater length
         self.module = ""  # path of the Flax module whose call is being imported
+        self.site: Loc | None = None  # the call of a library's function whose ops are being imported
 
     def inner(self) -> _Importer:
         """An importer of a body with a graph of its own, which meets the next captured arrays."""
@@ -206,15 +207,18 @@ class _Importer:
         name, loc = p.primitive.name, location(p)
         if self.module and not loc.module.startswith(self.module):
             loc = replace(loc, module=f"{self.module}/{loc.module}".rstrip("/"))
+        if self.site is not None:
+            loc = replace(loc, file=self.site.file, line=self.site.line)
         operands = [self.operand(x, y, env, loc) for x, y in zip(p.invars, q.invars, strict=True)]
         if name in IDENTITY:
             results = operands
         elif has_pairs(p, operands) and name not in INLINED and name != "scan":
             results = self.pairs(p, q, operands, loc)
         elif name in INLINED:
-            outer, self.module = self.module, loc.module
+            outer = self.module, self.site
+            self.module, self.site = loc.module, loc if loc.file and _of_library(p) else self.site
             results = self.call(p, q, operands)
-            self.module = outer
+            self.module, self.site = outer
         elif name == "scan":
             results = self.scan(p, q, operands, loc)
         else:
@@ -405,6 +409,14 @@ def location(equation: Any) -> Loc:
         if not any(f"/{package}/" in path for package in ("jax", "flax", "_src")) and not path.startswith("<"):
             return Loc(stack, "/".join(path.rsplit("/", 2)[-2:]), int(frame.line_num))
     return Loc(stack)
+
+
+def _of_library(equation: Any) -> bool:
+    """Whether a called function is JAX's or Flax's own: traced once, its ops tell of the first call only."""
+    jaxpr = _callee(equation)
+    info = getattr(getattr(jaxpr, "jaxpr", jaxpr), "debug_info", None)
+    source = str(getattr(info, "func_src_info", ""))
+    return any(f"/{package}/" in source for package in ("jax", "flax"))
 
 
 def _callee(equation: Any) -> Any:
