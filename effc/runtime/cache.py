@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effc.runtime.kernels.region.record import recorded
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("heads",))
 @dataclass(frozen=True)
@@ -92,10 +94,11 @@ class Step:
     def append(self, *values: jax.Array) -> tuple[jax.Array, ...]:
         """Each [b,t,...] after the rows kept so far: [b,S,...]."""
         heads = tuple(value.shape[2] if value.ndim == 4 else 0 for value in values)
-        stored = tuple(map(inner, values))
-        if self._before is not None:
+        if self._before is None:
+            stored = tuple(map(inner, values))
+        else:
             kept = self._before.entries[len(self._after)].values
-            stored = tuple(write(old, new, self.lengths) for old, new in zip(kept, stored, strict=True))
+            stored = tuple(append(old, new, self.lengths) for old, new in zip(kept, values, strict=True))
         self._after.append(Rows(stored, heads))
         return self._after[-1].all()
 
@@ -156,6 +159,12 @@ class Step:
         """The cache after this call."""
         grown = self._count if self._valid is None else self._valid
         return Cache(self.lengths + grown, tuple(self._after))
+
+
+@recorded
+def append(old: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
+    """`old` [b*g,S,d] or [b,S,...] with rows `new` [b,t,...] of sequence i from row lengths[i] on."""
+    return write(old, inner(new), lengths)
 
 
 def write(old: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
