@@ -59,8 +59,9 @@ class QArray:
         return self.zeros is None
 
     def unpacked(self) -> jax.Array:
-        """int8 codes, one an element."""
-        return unpack(self.codes, self.width) if self.bits <= 4 else self.codes
+        """int8 codes, one an element. (Prepared for a TPU, 4-bit codes are an int4 array, one an element.)"""
+        packed = self.bits <= 4 and self.codes.dtype != jnp.int4
+        return unpack(self.codes, self.width) if packed else self.codes.astype(jnp.int8)
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The array it stands for, computed in f32."""

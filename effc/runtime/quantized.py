@@ -8,11 +8,13 @@ one to sixteen rows: about the speed of f32 weights). For many rows the whole ma
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.matmul import native
 from effc.runtime.qarray import QArray
 
@@ -23,15 +25,25 @@ _WIDEST, _OUTPUTS = 128, 256
 
 
 def matmul(x: jax.Array, w: QArray, layout: str) -> jax.Array:
-    """f32 [R,N] from x f32[R,K] and w[K,N] (layout nk: w[N,K])."""
-    if native.fits(x, w, layout) and native.available():
+    """f32 [R,N] from x f32[R,K] and w[K,N] (layout nk: w[N,K]); a program that may run on a TPU carries its kernel."""
+    here = partial(_here, layout=layout)
+    if on_tpu.wanted():
+        from effc.runtime.kernels.matmul import tpu  # Pallas takes half a second to import
+
+        if tpu.fits(x, w, layout):
+            return lax.platform_dependent(x, w, tpu=partial(tpu.matmul, layout=layout), default=here)
+    return here(x, w)
+
+
+def _here(x: jax.Array, w: QArray, layout: str) -> jax.Array:
+    if w.codes.dtype != jnp.int4 and native.fits(x, w, layout) and native.available():
         return native.matmul(x, w, layout)
     return by_xla(x, w, layout)
 
 
 def by_xla(x: jax.Array, w: QArray, layout: str) -> jax.Array:
     """The same of XLA's own ops, on any machine."""
-    few = x.shape[0] <= FEW
+    few = x.shape[0] <= FEW and w.codes.dtype != jnp.int4
     if layout == "kn" and few and w.axis == -2 and _block(w):
         return _by_groups(x, w, _block(w))
     if layout == "nk" and few and w.axis == -1 and _even(w) and not (x.shape[0] == 1 and w.bits > 4):
