@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import libcst as cst
 
-from effc.backend import syntax
+from effc.backend import exits, recursion, syntax
 from effc.backend.plan import Block, Plan, by_call, by_token, last_mixing, mentions, reads, steps
 from effc.backend.syntax import Expr, Names, Statement, call, code, expr, item, literal
 from effc.errors import EffcError, nearest
@@ -43,6 +43,11 @@ RESERVED = frozenset(
         "window",
         "running",
         "recur",
+        "recurse",
+        "early",
+        "Stack",
+        "threshold",
+        "progress",
         "b",
         "t",
         "p",
@@ -91,7 +96,9 @@ class Body:
             signature(self.func),
             "valid i32[b]: how many tokens are not padding; then logits of the last one only",
         ]
-        return syntax.function(name, ["params", *operands, "cache=None", "valid=None"], body, notes=notes)
+        return syntax.function(
+            name, ["params", *operands, "cache=None", "valid=None", *exits.keywords(self.func)], body, notes=notes
+        )
 
     def _crossing(self, cut: int) -> list[str]:
         """Values that depend on t, made before the cut and read after it."""
@@ -126,6 +133,12 @@ class Body:
             return []
         if op.kind == "repeat":
             return self._repeat(op)
+        if op.kind == "recurse":
+            return recursion.recurse(self, op)
+        if op.kind == "early":
+            return exits.early(self, op)
+        if op.kind == "keep":
+            return self._keep(op)
         before: Statements = []
         functions: list[Expr] = []
         for role, region in op.regions.items():
@@ -221,6 +234,12 @@ class Body:
         self.keys = [self.names.fresh("keys"), self.names.fresh("values")]
         return syntax.assign(self.keys, call("step.append", [self.value(k), self.value(v)]))
 
+    def _keep(self, op: Op) -> Statements:
+        """`step.append(k, v)`; what comes of it is what went in."""
+        for value, name in zip(op.outputs, op.inputs, strict=True):
+            self.names.alias(value.name, code(self.value(name)))
+        return [syntax.line(cst.Expr(call("step.append", self._inputs(op))))]
+
     def _attention(self, op: Op, functions: list[Expr]) -> Expr:
         self.plan.used.add("attention")
         args = [self.value(op.inputs[0]), *map(syntax.name, self.keys), expr("step.positions"), *functions]
@@ -305,7 +324,7 @@ class Body:
         rest = [self.value(name) for name in op.inputs[carry:]]
         args = self._arguments(block, [*map(syntax.name, outputs), *rest])
         begin = first[0] if carry == 1 else syntax.sequence(first).with_changes(lpar=[], rpar=[])
-        over = [self._layers(group, start, times, order) for group in block.groups] or [expr(f"range({times})")]
+        over = [self.layers(group, start, times, order) for group in block.groups] or [expr(f"range({times})")]
         body = [syntax.assign(outputs, call(block.title, args))]
         names = list(block.layer_names().values()) or ["_"]
         return [
@@ -313,7 +332,7 @@ class Body:
             syntax.loop(names, over[0] if len(over) == 1 else call("zip", over), body),
         ]
 
-    def _layers(self, group: str, start: int, times: int, order: tuple[Attr, ...]) -> Expr:
+    def layers(self, group: str, start: int, times: int, order: tuple[Attr, ...]) -> Expr:
         """`params["layers"]`, the part of it that is run, or what the order names of it."""
         whole = item("params", group)
         if order and self.plan.length(group) != len(order):

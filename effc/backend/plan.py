@@ -9,7 +9,7 @@ from effc.errors import EffcError, nearest
 from effc.ir.core import Func, Module, Op, Param, Ref, walk
 from effc.ir.types import Dim, Type, depends
 
-CACHED = frozenset({"positions", "attention", "window", "running", "recur"})
+CACHED = frozenset({"positions", "attention", "window", "running", "recur", "keep", "early"})
 """Ops that need to know what came before."""
 
 

@@ -94,6 +94,7 @@ class _Emitter:
         lines += ["from jax import lax"] * ("lax" in used) + [""] * bool(lines or "lax" in used)
         lines += ["from effc.runtime import primitives as ops"] * ("ops" in used)
         lines += ["from effc.runtime.cache import Step"]
+        lines += ["from effc.runtime.exits import Stack, early"] * ("early" in used)
         lines += [f"from effc.runtime.layers import {', '.join(layers)}"] * bool(layers)
         lines += ["from effc.runtime.primitives import LAX"] * ("LAX" in used)
         lines += ["from effc.runtime.program import run"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -15,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from effc.errors import EffcError
+from effc.ir import routed
 from effc.ir.core import Attr, Func, Module, Op, Param, Ref
-from effc.ir.early import Tokens, leave_early
 from effc.ir.interpret import Context, Weight, apply, evaluate_func
+from effc.ir.interpret_early import Tokens, leave_early
 from effc.ir.ops import Along, array_index, attribute, spec_of
 from effc.ir.rewrite import inline_calls
 from effc.ir.types import Quant, evaluate
@@ -179,6 +182,9 @@ def _step(
     if op.kind == "repeat":
         _repeat(module, store, op, states)
         return
+    if op.kind == "recurse":
+        _recurse(module, store, op, states)
+        return
     if op.kind == "early":
         _early(module, store, op, states)
         return
@@ -257,6 +263,43 @@ def _early(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence[
     for state, mine in zip(states, tokens, strict=True):
         assert mine.shown is not None
         state.values.update(zip((value.name for value in op.outputs), (mine.shown, mine.layers), strict=True))
+
+
+def _recurse(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence[_State]) -> None:
+    """All depths on whole sequences: what decoding makes of it is held against this."""
+    ref, span, order = op.attrs["block"], op.attrs["span"], attribute(op, "order")
+    assert isinstance(ref, Ref) and isinstance(span, int)
+    if any(state.context.cache is not None for state in states):
+        raise EffcError(f"@{ref.name}: the interpreter runs `recurse` on whole sequences, want no cache")
+    block, shared = module.funcs[ref.name], attribute(op, "kv") == "shared"
+    block, start = replace(block, ops=inline_calls(module, block).ops), attribute(op, "start")
+    assert isinstance(start, int)
+    router = weight(store[op.params["router"]], 0)
+    router = router.dequantize() if isinstance(router, QArray) else router
+    call = jax.jit(partial(_routed_layer, block), static_argnums=0)
+
+    def layer(chunks: list[routed.Tokens], number: int, on: list[Array] | None) -> list[Array]:
+        held, i, out = _held(module, store, block.ops, number, order), (number - start) % span, list[Array]()
+        for at, (state, tokens) in enumerate(zip(states, chunks, strict=True)):
+            sizes, borrowed = tuple(sorted(state.context.sizes.items())), tokens.first.get(i) if shared else None
+            x, kept = call(sizes, tokens.positions, held, tokens.operands, None if on is None else on[at], borrowed)
+            tokens.first.setdefault(i, kept if shared else {})
+            out.append(x)
+        return out
+
+    chunks = [routed.Tokens([state.values[name] for name in op.inputs], state.context.positions) for state in states]
+    routed.recurse(op, router, chunks, layer)
+    for state, tokens in zip(states, chunks, strict=True):
+        state.values[op.out.name] = tokens.x
+
+
+def _routed_layer(
+    block: Func, sizes: tuple[tuple[str, int], ...], positions: Array, weights: Any, operands: Any, on: Any, borrowed: Any
+) -> tuple[Array, routed.Keys]:
+    """A layer of which some tokens are on: states after it, and the keys and values it made."""
+    how = routed.Routed(on, borrowed)
+    (x,) = evaluate_func(block, operands, weights, Context(dict(sizes), positions, routed=how))
+    return x, how.kept
 
 
 Once = Callable[[Sequence[_State], Sequence[list[Array]], int], Iterable[Sequence[Array]]]

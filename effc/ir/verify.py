@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from effc.errors import EffcError, nearest
 from effc.ir.conform import op_faults
 from effc.ir.core import Attr, Func, Module, Op, Param, Ref, param_uses, walk
+from effc.ir.early import early_faults
 from effc.ir.ops import attribute
 from effc.ir.printer import attr_text, decode_line, op_line, param_line, ref, return_line
 from effc.ir.types import BYTES, Dim, Quant, Type
@@ -160,10 +161,12 @@ def _op(
     found = [module.params.get(name) for name in op.params.values()]
     types = {r: p.type for r, p in zip(op.params, found, strict=True) if p}
     yield from op_faults(op, inputs, types if len(types) == len(op.params) else None)
-    if op.kind == "repeat" and inputs is not None:
+    if op.kind in ("repeat", "recurse") and inputs is not None:
         yield from _repeat(module, op, inputs)
     if op.kind == "call" and inputs is not None:
         yield from _call(module, op, inputs)
+    if op.kind == "early" and inputs is not None:
+        yield from early_faults(module, op, inputs)
 
 
 def _shown(op: Op) -> str:
@@ -219,8 +222,11 @@ def _ref(module: Module, name: str, target: Ref) -> Iterator[str]:
 
 
 def _repeat(module: Module, op: Op, inputs: list[Type]) -> Iterator[str]:
-    """`repeat` against the block it runs."""
+    """`repeat` or `recurse` against the block it runs."""
     target, (times, start, carry) = op.attrs.get("block"), (attribute(op, n) for n in ("times", "start", "carry"))
+    if op.kind == "recurse":
+        span, carry = attribute(op, "span"), 1
+        times = times * span if isinstance(times, int) and isinstance(span, int) else None
     block = module.funcs.get(target.name) if isinstance(target, Ref) else None
     if block is None or not isinstance(times, int) or not isinstance(carry, int) or not isinstance(start, int):
         return  # said by the op's row or by its reference

@@ -1,0 +1,77 @@
+"""`early` as Python: what runs a layer, what keeps its keys, what leaves and what shows, handed to the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from effc.backend import syntax
+from effc.backend.plan import Block, Plan
+from effc.backend.syntax import Expr, Names, Statement, call, expr, literal
+from effc.ir.core import Func, Op, Ref
+from effc.ir.ops import attribute
+
+
+class Writer(Protocol):
+    """The function being written."""
+
+    plan: Plan
+    names: Names
+
+    def value(self, name: str) -> Expr: ...
+    def layers(self, group: str, start: int, times: int, order: tuple[()]) -> Expr: ...
+
+
+def keywords(func: Func) -> list[str]:
+    """Further parameters of a function that tokens leave early: what decoding may say otherwise each time."""
+    found = [op for op in func.ops if op.kind == "early"]
+    return [f"threshold={attribute(found[0], 'threshold')!r}", "progress=None"] if found else []
+
+
+def early(writer: Writer, op: Op) -> list[Statement]:
+    """Four local functions and the call."""
+    writer.plan.used.add("early")
+    blocks = {role: _target(writer, op, role) for role in ("block", "keys", "exit", "head")}
+    rest = [syntax.code(writer.value(name)) for name in op.inputs[1:]]
+    x = writer.value(op.inputs[0])
+    titles = {role: writer.names.fresh(title) for role, title in _TITLES.items()}
+    state, layers = writer.names.fresh("state"), list(blocks["block"].layer_names().values())
+    functions = [
+        _function(titles[role], role, blocks[role], state, rest if role in _RUN else [], layers if role in _RUN else [])
+        for role in _TITLES
+    ]
+    times, exits = attribute(op, "times"), attribute(op, "exits")
+    assert isinstance(times, int) and isinstance(exits, tuple)
+    arrays = [_arrays(writer, blocks["block"], times), _arrays(writer, blocks["exit"], len(exits))]
+    stack = call("Stack", [*arrays, *map(syntax.name, titles.values())])
+    told = {"at": literal(exits), "threshold": expr("threshold"), "progress": expr("progress")}
+    told |= {n: literal(op.attrs[n]) for n in ("measure", "rows", "decay", "tau") if n in op.attrs}
+    outputs = [writer.names.new(value.name) for value in op.outputs]
+    name = writer.names.fresh("stack")
+    run = call("early", [syntax.name("step"), x, syntax.name(name)], told)
+    return [*functions, syntax.assign([name], stack), syntax.assign(outputs, run)]
+
+
+_TITLES = {"block": "run", "keys": "keep", "exit": "leave", "head": "show"}
+_RUN = ("block", "keys")
+
+
+def _target(writer: Writer, op: Op, role: str) -> Block:
+    target = op.attrs[role]
+    assert isinstance(target, Ref)
+    return writer.plan.blocks[target.name]
+
+
+def _function(title: str, role: str, block: Block, state: str, rest: Sequence[str], layers: Sequence[str]) -> Statement:
+    """`def run(p, x, step): return layer(p, x, cos, sin, step)`."""
+    before, after = block.arguments()
+    own = {"exit": ["p", state], "head": [state]}.get(role, ["p", state, "step"])
+    body = syntax.statements(f"{', '.join(layers)} = p") if len(layers) > 1 else []
+    body.append(syntax.give([call(block.title, [expr(a) for a in [*before, state, *rest, *after]])]))
+    return syntax.function(title, own, body)
+
+
+def _arrays(writer: Writer, block: Block, count: int) -> Expr:
+    """What a layer reads, one entry a layer; zipped where there are several groups."""
+    over = [writer.layers(group, 0, count, ()) for group in block.groups] or [expr(f"range({count})")]
+    return over[0] if len(over) == 1 else call("list", [call("zip", over)])

@@ -1,0 +1,65 @@
+"""When `early` is well-formed: its numbers, and the blocks it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from effc.ir.core import Func, Module, Op, Ref, walk
+from effc.ir.ops import attribute
+from effc.ir.printer import ref
+from effc.ir.types import Type
+
+
+def early_faults(module: Module, op: Op, inputs: list[Type]) -> Iterator[str]:
+    """`early` against the blocks it runs: x and the rest to x, x to x at an exit, x to logits."""
+    yield from _numbers(op)
+    roles = {role: op.attrs.get(role) for role in ("block", "keys", "exit", "head")}
+    found = {role: module.funcs.get(r.name) for role, r in roles.items() if isinstance(r, Ref)}
+    state = inputs[:1]
+    wanted = {"block": (inputs, state), "keys": (inputs, None), "exit": (state, state), "head": (state, None)}
+    if op.attrs.get("measure") == "classifier":
+        score = Type("f32", (*inputs[0].shape[:-1], 1))
+        wanted["exit"] = (state, [*state, score])
+    for role, func in found.items():
+        if func is not None:
+            yield from _runs(role, func, *wanted[role])
+            yield from _stacks(module, role, func, op)
+    head = found.get("head")
+    tokens = Type("i32", inputs[0].shape[:2])
+    if head is not None and [value.type for value in op.outputs] != [*head.result_types(), tokens]:
+        yield f"defines ({types_text(v.type for v in op.outputs)}), want ({types_text([*head.result_types(), tokens])})"
+
+
+def _runs(role: str, func: Func, inputs: list[Type], results: list[Type] | None) -> Iterator[str]:
+    wanted = [value.type for value in func.inputs]
+    if inputs != wanted:
+        yield f"{role}: {ref(func.name)} wants ({types_text(wanted)}), is given ({types_text(inputs)})"
+    if results is not None and list(func.result_types()) != results:
+        yield f"{role}: {ref(func.name)} returns ({types_text(func.result_types())}), want ({types_text(results)})"
+
+
+def _stacks(module: Module, role: str, func: Func, op: Op) -> Iterator[str]:
+    """Stacked parameters: one array a layer, or an exit."""
+    exits = op.attrs.get("exits")
+    count = attribute(op, "times") if role in ("block", "keys") else len(exits) if isinstance(exits, tuple) else 0
+    for name in dict.fromkeys(name for inner in walk(func) for name in inner.params.values()):
+        param = module.params.get(name)
+        if param and param.stack and isinstance(count, int) and param.stack < count:
+            yield f"{role}: {ref(name)} is stacked {param.stack} times, want {count}"
+
+
+def _numbers(op: Op) -> Iterator[str]:
+    """What is wrong with the numbers of an `early`."""
+    times, at, threshold = (attribute(op, name) for name in ("times", "exits", "threshold"))
+    if not isinstance(times, int) or not isinstance(at, tuple) or not isinstance(threshold, (int, float)):
+        return  # said by the op's row
+    places = [place for place in at if isinstance(place, int)]
+    if not places or places != sorted(set(places)) or not 1 <= places[0] <= places[-1] < times:
+        yield f"exits={places}, want rising numbers of layers from 1 to {times - 1}"
+    if not 0 <= threshold <= 1:
+        yield f"threshold={threshold}, want 0 (always leave) to 1 (never)"
+
+
+def types_text(types: Iterable[Type]) -> str:
+    """`f32[b,t,8], i32[b,t]`."""
+    return ", ".join(map(str, types))

@@ -1,0 +1,133 @@
+"""Confident early exit: tokens that are sure leave the stack of layers, within a certified loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from effc.ir.core import Decode, Func, Module, Op, Ref, Value
+from effc.ir.rewrite import names_of, prune
+from effc.ir.types import Type
+from effc.passes import calm_adapters
+from effc.passes.base import Exactness, Notes, Pass, PassError, Phase, option
+from effc.passes.calm_shape import Shape, find
+from effc.weights import Lazy, Store
+
+if TYPE_CHECKING:
+    from effc.passes.context import Context
+
+TRAINING_MINUTES = 6.0
+"""Unless --heal says otherwise."""
+
+
+@dataclass(frozen=True)
+class Calm(Pass):
+    """Early exits with a guarantee (CALM): a token whose exit is confident skips the remaining layers."""
+
+    name: ClassVar[str] = "calm"
+    phase: ClassVar[Phase] = Phase.EXITS
+    exactness: ClassVar[Exactness] = Exactness.GUARANTEED
+    writes: ClassVar[frozenset[str]] = frozenset({"*"})
+
+    first: int = option(0, "layers before the first exit; 0 is a third of them")
+    every: int = option(0, "layers between exits; 0 is a third of them")
+    min_exit: int = option(1, "no exit before so many layers")
+    measure: Literal["softmax", "softmax_max", "state", "classifier"] = option(
+        "softmax", "confidence: top-1 less top-2, top-1, likeness of states, or a trained classifier"
+    )
+    adapter: Literal["mlp", "linear", "none"] = option("mlp", "what is trained in front of the head at each exit")
+    finetune: bool = option(False, "train the layers too, for exits and last layer together")
+    rows: Literal["masked", "wait"] = option("masked", "in a batch each row leaves by itself, or all wait for all")
+    decay: Literal["none", "paper", "t5x"] = option("none", "how the threshold falls along a text")
+    tau: float = option(4.0, "how fast it falls")
+    delta: float = option(0.1, "mean loss of text against the full model's that is allowed, 0 to 1")
+    epsilon: float = option(0.05, "chance of the calibration that the guarantee may fail")
+    loss: Literal["rouge_l", "token_f1", "agreement"] = option("rouge_l", "likeness of texts; the loss is 1 less it")
+    risk: bool = option(False, "hold texts against what follows in --calib, not against the full model's")
+    prompts: int = option(200, "calibration prompts")
+    prompt: int = option(32, "tokens of each")
+    tokens: int = option(32, "tokens generated from each; later ones run the full model")
+
+    def __post_init__(self) -> None:
+        if self.finetune:  # the layers change, and by how much is measured only
+            object.__setattr__(self, "exactness", Exactness.LOSSY)
+
+    def requires(self, module: Module) -> None:
+        if module.decode is None or module.decode.strategy != "greedy":
+            told = module.decode.strategy if module.decode else "nothing"
+            raise PassError(f"calm: the module decodes by {told}, want greedy: calm comes first")
+        exits_of(self, find(module).layers)
+
+    def run(self, module: Module, notes: Notes) -> Module:
+        shape = find(module)
+        at = exits_of(self, shape.layers)
+        params, exit = calm_adapters.block(self, shape, len(at), module)
+        early = _early(self, shape, at, exit, _free("early", module))
+        func = shape.keys
+        assert module.decode is not None
+        decode = Decode("early", {**module.decode.attrs, "early": Ref(early.name), "threshold": 1.0})
+        funcs = {**module.funcs, func.name: func, shape.head.name: shape.head, exit.name: exit, early.name: early}
+        notes.chose(f"exits after layers {', '.join(map(str, at))} of {shape.layers}, confidence by {self.measure}")
+        notes.chose(
+            f"{sum(1 for _ in params)} parameters of exits; skipped layers run @{func.name}, {len(func.ops)} ops"
+        )
+        return replace(module.with_params(*params), funcs=funcs, decode=decode)
+
+    def made(self, before: Module, after: Module, store: Store) -> list[Lazy]:
+        return calm_adapters.made(before, after)
+
+    def training_minutes(self) -> float:
+        return (
+            0.0 if self.adapter == "none" and self.measure != "classifier" and not self.finetune else TRAINING_MINUTES
+        )
+
+    def train(self, module: Module, store: Store, context: Context) -> Store:
+        from effc.passes.calm_train import train
+
+        return train(self, module, store, context)
+
+    def calibrates(self) -> bool:
+        return True
+
+    def calibrate(self, module: Module, store: Store, context: Context, notes: Notes) -> Module:
+        from effc.passes.calm_calibrate import calibrate
+
+        return calibrate(self, module, store, context, notes)
+
+
+def exits_of(made_by: Calm, layers: int) -> tuple[int, ...]:
+    """After how many layers tokens may leave; PassError where that is nowhere."""
+    first = made_by.first or max(1, layers // 3)
+    every = made_by.every or max(1, layers // 3)
+    if made_by.first < 0 or made_by.every < 0 or made_by.min_exit < 1:
+        raise PassError("calm: first and every want 0 or more, min_exit 1 or more")
+    at = tuple(place for place in range(first, layers, every) if place >= made_by.min_exit)
+    if not at:
+        raise PassError(
+            f"calm: no exit from {max(first, made_by.min_exit)} on in {layers} layers, want one before the last"
+        )
+    return at
+
+
+def _early(made_by: Calm, shape: Shape, at: tuple[int, ...], exit: Func, name: str) -> Func:
+    """The forward function with a stack that tokens leave, and how many layers each ran."""
+    (logits,) = shape.head.results
+    types = shape.head.types()
+    tokens = Value(names_of(shape.forward).fresh("layers"), Type("i32", shape.state.shape[:2]))
+    told = {"measure": made_by.measure, "rows": made_by.rows}
+    told |= {"decay": made_by.decay, "tau": made_by.tau} if made_by.decay != "none" else {}
+    attrs = {
+        "block": shape.repeat.attrs["block"], "times": shape.layers, "exits": at, "exit": Ref(exit.name),
+        "head": Ref(shape.head.name), "keys": Ref(shape.keys.name), **told, "threshold": 1.0,
+    }  # fmt: skip
+    op = Op("early", shape.repeat.inputs, (Value(logits, types[logits]), tokens), {}, attrs, {}, shape.repeat.loc)
+    return prune(Func(name, shape.forward.inputs, (*shape.before, op), (logits, tokens.name)))
+
+
+def _free(name: str, module: Module) -> str:
+    while name in module.funcs:
+        name += "_"
+    return name
+
+
+__all__ = ["Calm", "exits_of"]

@@ -1,0 +1,184 @@
+"""Training of exits: distilled from the last layer with the layers frozen, or together with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from effc.ir.core import Decode, Func, Module, Op, Ref, Value
+from effc.ir.ops import attribute
+from effc.ir.rewrite import names_of, prune
+from effc.ir.types import Type
+from effc.passes.calm_adapters import GROUP, SCORE
+from effc.runtime.train import Plan, Tick, chosen, forward_kl, mean
+from effc.weights import Store
+
+if TYPE_CHECKING:
+    from effc.passes.calm import Calm
+    from effc.passes.context import Context
+
+ROWS, LENGTH = 8, 128
+"""Sequences of a step, and tokens of each."""
+
+RATE, TUNING_RATE = 2e-3, 3e-4
+"""Learning rates of exits alone, and where the layers learn too."""
+
+TRAINED_ON = 0.6
+"""Share of --calib that exits learn from; thresholds are calibrated on the rest, which they have not seen."""
+
+
+def train(made_by: Calm, module: Module, store: Store, context: Context) -> Store:
+    """Arrays of the exits, and of the layers where they are tuned; how good the exits became is in the report."""
+    context = replace(context, calib=part(context.calib, learnt=True))
+    wide, count = with_exits(module)
+    model = context.model(wide, store)
+    look = _looks(model.program.extend, context, count)
+    tree: dict[str, Any] = {"student": model.params}
+    trainable: dict[str, Any] = {"student": _mask(made_by, model.program.params, module)}
+    loss = _loss(model.program.extend, count)
+    if made_by.finetune:
+        teacher = context.teacher
+        loss = _loss(model.program.extend, count, teacher.program.forward)
+        tree["teacher"], trainable["teacher"] = teacher.params, False
+    plan = Plan(context.budget, lr=TUNING_RATE if made_by.finetune else RATE, seed=context.seed)
+    fitted = context.fit(
+        loss, tree, context.batches(ROWS, LENGTH), plan, trainable=trainable,
+        evaluate=lambda tree: look(tree["student"]), tag=str(made_by), title="calm: exits",
+    )  # fmt: skip
+    return context.model(module, store).store(fitted.params["student"], store)
+
+
+def part(text: str | None, *, learnt: bool) -> str | None:
+    """The part of a text that exits learn from, or the rest."""
+    if text is None:
+        return None
+    cut = int(len(text) * TRAINED_ON)
+    return text[:cut] if learnt else text[cut:]
+
+
+def with_exits(module: Module) -> tuple[Module, int]:
+    """The module with a forward function that gives logits of the last layer, then of every exit, then scores."""
+    early = module.funcs[early_name(module)]
+    (op,) = (op for op in early.ops if op.kind == "early")
+    work = _Spread(module, early, op)
+    func = Func(early.name, early.inputs, (*(o for o in early.ops if o is not op), *work.ops), tuple(work.results))
+    funcs = {**module.funcs, **work.funcs, func.name: prune(func)}
+    return replace(module, funcs=funcs, decode=Decode("greedy", {"forward": Ref(func.name)})), len(work.places)
+
+
+def early_name(module: Module) -> str:
+    """The function that `decode` leaves early by."""
+    ref = module.decode.attrs["early"] if module.decode else None
+    assert isinstance(ref, Ref)
+    return ref.name
+
+
+class _Spread:
+    """`early` written out for training: the stack in pieces, every exit and the head run on every token."""
+
+    def __init__(self, module: Module, early: Func, op: Op):
+        self.op, self.names, self.state = op, names_of(early), early.types()[op.inputs[0]]
+        self.logits = op.outputs[0].type
+        exits, times = attribute(op, "exits"), attribute(op, "times")
+        assert isinstance(exits, tuple) and isinstance(times, int)
+        self.places, self.ops = [int(str(at)) for at in exits], list[Op]()
+        states = self.pieces([0, *self.places, times])
+        self.funcs = self._exit(module)
+        outs = [self.run("repeat", x, "block", "exit.state", times=1, start=i) for i, x in enumerate(states[:-1])]
+        self.results = [self.run("call", x, "func", self.ref("head"), type=self.logits) for x in [states[-1], *outs]]
+        if "exit.score" in self.funcs:
+            score = self.funcs["exit.score"].result_types()[0]
+            self.results += [self.run("call", x, "func", "exit.score", type=score) for x in states[:-1]]
+
+    def ref(self, role: str) -> str:
+        target = self.op.attrs[role]
+        assert isinstance(target, Ref)
+        return target.name
+
+    def _exit(self, module: Module) -> dict[str, Func]:
+        """The exit's state as a block, and its score, which reads nothing stacked, as a function."""
+        both = module.funcs[self.ref("exit")]
+        made = {"exit.state": prune(replace(both, name="exit.state", results=both.results[:1]))}
+        if len(both.results) > 1:
+            made["exit.score"] = prune(replace(both, name="exit.score", results=both.results[1:], block=False))
+        return made
+
+    def pieces(self, cuts: Sequence[int]) -> list[str]:
+        """States after each piece of the stack."""
+        states, rest = [self.op.inputs[0]], self.op.inputs[1:]
+        for start, stop in pairwise(cuts):
+            told = {"times": stop - start, "start": start}
+            states.append(self.run("repeat", states[-1], "block", self.ref("block"), *rest, **told))
+        return states[1:]
+
+    def run(self, kind: str, x: str, role: str, name: str, *rest: str, type: Type | None = None, **attrs: int) -> str:
+        value = Value(self.names.fresh("out"), type or self.state)
+        self.ops.append(Op(kind, (x, *rest), (value,), {}, {role: Ref(name), **attrs}))
+        return value.name
+
+
+# -- what is minimised --------------------------------------------------------------------------------------
+
+Extend = Callable[..., tuple[Any, ...]]
+
+
+def _mask(made_by: Calm, table: Any, module: Module) -> Any:
+    """What learns: parameters of the exits, or all."""
+    if made_by.finetune:
+        return True
+    mine = [name for name in module.params if name.startswith((f"{GROUP}.", f"{GROUP}_", SCORE))]
+    return chosen(table, "|".join(mine))
+
+
+def _loss(extend: Extend, count: int, teacher: Callable[..., jax.Array] | None = None) -> Any:
+    """Exits say what the last layer says; where layers learn too, all say what the input model says."""
+
+    def loss(tree: Any, batch: Mapping[str, Any], tick: Tick) -> tuple[jax.Array, dict[str, jax.Array]]:
+        ids, mask = batch["tokens"][:, :-1], batch["mask"]
+        full, *others, _ = extend(tree["student"], ids)
+        exits, scores = others[:count], others[count:]
+        target = teacher(tree["teacher"], ids) if teacher else full
+        losses = [mean(forward_kl(target, logits), mask) for logits in exits]
+        told = {f"exit{i}": value for i, value in enumerate(losses)} | {"count": mask.sum()}
+        if teacher:
+            total = _weighted(losses, mean(forward_kl(target, full), mask), tick.progress)
+        else:
+            total = sum(losses) / count
+        right = [jnp.argmax(logits, -1) == jnp.argmax(full, -1) for logits in exits]
+        total = total + sum(mean(_unsure(s[..., 0], r), mask) for s, r in zip(scores, right))
+        return jnp.asarray(total), told
+
+    return loss
+
+
+def _weighted(exits: list[jax.Array], last: jax.Array, progress: jax.Array) -> jax.Array:
+    """Weights rise with depth; exits come in one after the other from the deepest, over the first half."""
+    count = len(exits)
+    weights = [(i + 1) * (progress * 2 * count >= count - 1 - i) for i in range(count)]
+    total = sum(weights) + 2 * count
+    return (sum(w * loss for w, loss in zip(weights, exits)) + 2 * count * last) / total
+
+
+def _unsure(score: jax.Array, right: jax.Array) -> jax.Array:
+    """Binary cross-entropy of a score (before the sigmoid) that an exit is right; each exit by itself."""
+    return jax.nn.softplus(score) - score * jax.lax.stop_gradient(right).astype(jnp.float32)
+
+
+def _looks(extend: Extend, context: Context, count: int) -> Callable[[Any], Mapping[str, float]]:
+    """For `fit`: how often each exit's likeliest token is the last layer's, on the evaluation text."""
+    tokens = jnp.asarray(context.heldout.chunks[0][:, :LENGTH])
+
+    @jax.jit
+    def agreement(params: Any) -> list[jax.Array]:
+        full, *others, _ = extend(params, tokens)
+        return [jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(full, -1)) for logits in others[:count]]
+
+    def call(params: Any) -> Mapping[str, float]:
+        return {f"agreement{i + 1}": float(value) for i, value in enumerate(agreement(params))}
+
+    return call

@@ -1,0 +1,203 @@
+"""Leaving a stack of layers early: when a token is sure enough, and what the layers it skips still keep.
+
+A token that leaves keeps its state x through the layers it skips; each of these still makes keys and values of
+x, so that later tokens find them (state propagation). With a cache and one token a sequence, layers that no row
+needs do not run. Otherwise all layers run and rows that have left are masked: the same numbers, nothing saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from effc.runtime.cache import Cache, Rows, Step
+
+State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""x[b,t,d]; what is shown so far, logits [b,t,V] or, where the measure needs none, states [b,t,d]; left bool[b,t];
+layers i32[b,t] that each token ran."""
+
+FROM_LOGITS = frozenset({"softmax", "softmax_max"})
+"""Measures that need the head at every exit."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """layers and exits: parameters of each; run(p,x,step) and leave(p,x) give states, head(x) logits.
+
+    keep(p,x,step) does of run only what later tokens see. `leave` gives the classifier's score [b,t,1] too where
+    that is the measure.
+    """
+
+    layers: Sequence[Any]
+    exits: Sequence[Any]
+    run: Callable[[Any, jax.Array, Step], jax.Array]
+    keep: Callable[[Any, jax.Array, Step], Any]
+    leave: Callable[[Any, jax.Array], Any]
+    head: Callable[[jax.Array], jax.Array]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """at: layers that run before each exit; a token leaves where its confidence reaches the threshold.
+
+    threshold f32[b,1] is 1 where nobody leaves. rows: each by itself (`masked`), or all when the least sure is
+    sure enough (`wait`).
+    """
+
+    at: tuple[int, ...]
+    measure: str
+    threshold: jax.Array
+    rows: str
+
+
+def early(
+    step: Step, x: jax.Array, stack: Stack, *, at: tuple[int, ...], measure: str = "softmax",
+    threshold: Any = 1.0, progress: Any = None, rows: str = "masked", decay: str = "none", tau: float = 4.0,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Logits [b,t,V] of where each token left, and how many layers it ran, i32[b,t].
+
+    progress f32[b]: how much of the text is written, 0 to 1; it lowers the threshold where that decays.
+    """
+    done = jnp.zeros(x.shape[0], jnp.float32) if progress is None else progress
+    rule = Rule(at, measure, decayed(threshold, done, decay, tau)[:, None], rows)
+    flags = jnp.zeros(x.shape[:2], bool)
+    shown = jnp.zeros_like(x) if measure not in FROM_LOGITS else _like(stack.head, x)
+    before = step.taken
+    state = _segment(stack, rule, 0, (x, shown, flags, jnp.zeros(x.shape[:2], jnp.int32)), step, alone=True)
+    entries = (step.taken - before) // at[0]  # of each layer
+    for i in range(1, len(at) + 1):
+        if step.cached and x.shape[1] == 1:
+            state = _skipping(stack, rule, i, state, step, entries)
+        else:
+            state = _segment(stack, rule, i, state, step)
+    _, shown, _, layers = state
+    return (shown if measure in FROM_LOGITS else stack.head(shown)), layers
+
+
+def _like(head: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    shape = jax.eval_shape(head, x)
+    return jnp.zeros(shape.shape, shape.dtype)
+
+
+def _bounds(stack: Stack, rule: Rule, i: int) -> tuple[int, int]:
+    """Layers start..stop-1 are the i-th segment."""
+    cuts = (0, *rule.at, len(stack.layers))
+    return cuts[i], cuts[i + 1]
+
+
+def _segment(stack: Stack, rule: Rule, i: int, state: State, step: Step, *, alone: bool = False) -> State:
+    """The layers up to the i-th exit, or to the end, and who leaves there; `alone` where nobody has left yet."""
+    x, shown, left, layers = state
+    start, stop = _bounds(stack, rule, i)
+    before = x
+    for p in stack.layers[start:stop]:
+        before, x = x, _kept(left, x, stack.run(p, x, step), alone)
+    layers = jnp.where(left, layers, stop)
+    if i == len(rule.at):
+        final = stack.head(x) if rule.measure in FROM_LOGITS else x
+        return x, _kept(left, shown, final, alone), left, layers
+    seen, sure = _seen(stack, rule, i, x, before)
+    shown = _kept(left, shown, seen, alone)
+    return x, shown, left | _leaves(rule, left, sure), layers
+
+
+def _kept(left: jax.Array, old: jax.Array, new: jax.Array, alone: bool) -> jax.Array:
+    return new if alone else jnp.where(left[:, :, None], old, new)
+
+
+def _seen(stack: Stack, rule: Rule, i: int, x: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What is shown of tokens that leave at the i-th exit, and how sure they are, f32[b,t]."""
+    out = stack.leave(stack.exits[i], x)
+    if rule.measure == "classifier":
+        out, score = out
+        return out, jax.nn.sigmoid(score[..., 0].astype(jnp.float32))
+    if rule.measure == "state":
+        return out, similarity(x, before)
+    logits = stack.head(out)
+    return logits, (margin if rule.measure == "softmax" else likeliest)(logits)
+
+
+def _leaves(rule: Rule, left: jax.Array, sure: jax.Array) -> jax.Array:
+    """bool[b,t]; a threshold of 1 lets nobody leave, not even one who is sure to the last bit."""
+    enough = (sure >= rule.threshold) & (rule.threshold < 1)
+    return jnp.all(enough | left, axis=0, keepdims=True) & ~left if rule.rows == "wait" else enough & ~left
+
+
+def _skipping(stack: Stack, rule: Rule, i: int, state: State, step: Step, entries: int) -> State:
+    """The i-th segment where a row needs it, else only what its layers keep.
+
+    Loops of at most one turn, not conditionals: XLA updates what a loop carries in place, and copies the caches
+    that the branches of a conditional return.
+    """
+    start, stop = _bounds(stack, rule, i)
+    cache = Cache(step.lengths, step.ahead(entries * (stop - start)))
+    alone = state[0].shape[0] == 1 or rule.rows == "wait"  # where a row goes on, all do
+    gone = jnp.all(state[2])
+
+    def on(carry: tuple[State, tuple[Rows, ...], jax.Array]) -> tuple[State, tuple[Rows, ...], jax.Array]:
+        state, entries, _ = carry
+        part = Step(state[0], Cache(cache.lengths, entries))
+        state = _segment(stack, rule, i, state, part, alone=alone)
+        return state, part.cache().entries, jnp.zeros((), bool)
+
+    def off(carry: tuple[tuple[Rows, ...], jax.Array]) -> tuple[tuple[Rows, ...], jax.Array]:
+        entries, _ = carry
+        part = Step(x, Cache(cache.lengths, entries))
+        for p in stack.layers[start:stop]:
+            stack.keep(p, x, part)
+        return part.cache().entries, jnp.zeros((), bool)
+
+    state, grown, _ = lax.while_loop(lambda carry: carry[-1], on, (state, cache.entries, ~gone))
+    x = state[0]
+    grown, _ = lax.while_loop(lambda carry: carry[-1], off, (grown, gone))
+    step.put(grown)
+    return state
+
+
+# -- confidence, in [0,1] -----------------------------------------------------------------------------------
+
+
+def margin(logits: jax.Array) -> jax.Array:
+    """Probability of the likeliest token less that of the next, f32 without the last axis.
+
+    By two maxima: a sort of the vocabulary takes longer than several layers.
+    """
+    logits = logits.astype(jnp.float32)
+    best = jnp.argmax(logits, axis=-1, keepdims=True)
+    index = lax.broadcasted_iota(best.dtype, logits.shape, logits.ndim - 1)
+    others = jnp.where(index == best, -jnp.inf, logits)
+    top = jnp.max(logits, axis=-1)
+    total = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
+    return (1 - jnp.exp(jnp.max(others, axis=-1) - top)) / total
+
+
+def likeliest(logits: jax.Array) -> jax.Array:
+    """Probability of the likeliest token."""
+    logits = logits.astype(jnp.float32)
+    return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
+
+
+def similarity(x: jax.Array, before: jax.Array) -> jax.Array:
+    """Cosine of a layer's state and the one it was given; 0 where that is negative."""
+    x, before = x.astype(jnp.float32), before.astype(jnp.float32)
+    norms = jnp.sqrt(jnp.sum(x * x, axis=-1) * jnp.sum(before * before, axis=-1))
+    return jnp.clip(jnp.sum(x * before, axis=-1) / jnp.maximum(norms, 1e-9), 0, 1)
+
+
+def decayed(threshold: Any, progress: jax.Array, decay: str = "none", tau: float = 4.0) -> jax.Array:
+    """The threshold of each row, in [0,1], when this much of the text is written; 1 stays 1.
+
+    `paper`: 0.9 threshold + 0.1 exp(-tau progress); `t5x`: threshold (0.9 + 0.1 exp(-tau progress)).
+    """
+    given = jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), progress.shape)
+    falling = jnp.exp(-tau * progress.astype(jnp.float32)) / 10
+    forms = {"none": given, "paper": 0.9 * given + falling, "t5x": given * (0.9 + falling)}
+    return jnp.where(given >= 1, 1.0, jnp.clip(forms[decay], 0, 1))
+
+
+__all__ = ["Rule", "Stack", "decayed", "early", "likeliest", "margin", "similarity"]
