@@ -211,6 +211,8 @@ class Body:
         keywords = {
             name: literal(value) for name, value in op.attrs.items() if (op.kind, name) != ("attention", "mask")
         }
+        if any("jnp." in code(value) for value in keywords.values()):
+            self.plan.used.add("jnp")  # not a number
         if op.kind in _PRECISE and op.out.type.dtype != self._natural(op):
             keywords["dtype"] = self._dtype(op.out.type)
         return keywords

@@ -79,9 +79,30 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--module",
         metavar="FILE.py:FUNC",
+        action=_Module,
         help="function that builds the Flax module, for weights that name none; its code is run",
     )
+    group.add_argument(
+        "--inputs",
+        metavar="ARG=ROLE,...",
+        action=_Module,
+        help="what arguments of the Flax module are given: tokens, positions, ones, zeros, causal (bool [b,t,t]), "
+        "causal_heads (bool [b,1,t,t]), none, true or false",
+    )
     group.add_argument("--dtype", help="compute in this dtype: float32 (default), bfloat16, float16")
+
+
+class _Module(argparse.Action):
+    """`--module` and `--inputs` as one reference: FILE.py:FUNC(ARG=ROLE,...)."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        name, _, inputs = (getattr(namespace, "module", None) or "").partition("(")
+        if option == "--module":
+            name, _, given = values.partition("(")
+            inputs = given or inputs
+        else:
+            inputs = f"{values})"
+        namespace.module = f"{name}({inputs}" if inputs else name
 
 
 def json_option(parser: argparse.ArgumentParser) -> None:

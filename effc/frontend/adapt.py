@@ -41,6 +41,22 @@ REQUIRED: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 }
 """What an argument of this name gets, from tokens [B,T], when the module has no default for it."""
 
+ROLES: Mapping[str, Callable[[jax.Array], Any]] = {
+    "tokens": lambda tokens: tokens,
+    "positions": REQUIRED["positions"],
+    "ones": lambda tokens: jnp.ones_like(tokens),
+    "zeros": lambda tokens: jnp.zeros_like(tokens),
+    "causal": lambda tokens: jnp.broadcast_to(_triangle(tokens), (tokens.shape[0], *_triangle(tokens).shape)),
+    "causal_heads": lambda tokens: jnp.broadcast_to(_triangle(tokens), (tokens.shape[0], 1, *_triangle(tokens).shape)),
+    "none": lambda tokens: None,
+    "true": lambda tokens: True,
+    "false": lambda tokens: False,
+}
+"""What an argument can be given, from tokens [B,T]: causal is bool [B,T,T], causal_heads bool [B,1,T,T]."""
+
+Inputs = str | Mapping[str, "str | Callable[[jax.Array], Any]"]
+"""`input_ids=tokens,mask=causal`, or by name of argument a role or a function of the tokens."""
+
 TRANSIENT = ("cache", "intermediates", "losses", "metrics")
 """Linen collections that one full forward pass neither needs nor keeps."""
 
@@ -49,10 +65,12 @@ STATISTICS = "{}: the module keeps running statistics (batch norm), want paramet
 PROBE = (1, 8)  # batch, length of the tokens a module is shaped with
 
 
-def from_linen(module: linen.Module, spec: PyTree | None = None, where: str = "model") -> tuple[Forward, PyTree]:
+def from_linen(
+    module: linen.Module, spec: PyTree | None = None, where: str = "model", inputs: Inputs = ""
+) -> tuple[Forward, PyTree]:
     """spec: of parameters that are there already, held against what the module initialises."""
     module = _switched_off(module)
-    arguments = _arguments(type(module).__call__, where)
+    arguments = _arguments(type(module).__call__, where, inputs)
     variables = _linen_shapes(module, arguments, where)
     wanted = as_spec(variables["params"])
     if spec is not None:
@@ -60,18 +78,21 @@ def from_linen(module: linen.Module, spec: PyTree | None = None, where: str = "m
     constants = _linen_constants(module, arguments, variables, where)
 
     def forward(params: PyTree, tokens: jax.Array) -> jax.Array:
-        out = module.apply({"params": params, **constants}, tokens, **arguments(tokens))
+        given, named = arguments(tokens)
+        out = module.apply({"params": params, **constants}, *given, **named)
         return logits_of(out, where)
 
     return forward, wanted if spec is None else as_spec(spec)
 
 
-def from_nnx(build: nnx.Module | Callable[[], nnx.Module], where: str = "model") -> tuple[Forward, PyTree]:
+def from_nnx(
+    build: nnx.Module | Callable[[], nnx.Module], where: str = "model", inputs: Inputs = ""
+) -> tuple[Forward, PyTree]:
     """A module, or better a function that makes one: then only what is not nnx.Param is initialised."""
     # A copy, sharing arrays: eval() must not switch the caller's module.
     model = nnx.merge(*nnx.split(build)) if isinstance(build, nnx.Module) else nnx.eval_shape(build)
     model.eval()
-    arguments = _arguments(type(model).__call__, where)
+    arguments = _arguments(type(model).__call__, where, inputs)
     graph, params, randoms, others = nnx.split(model, nnx.Param, nnx.RngState, ...)
     leaves = {"/".join(str(key) for key in path): (path, variable) for path, variable in params.flat_state()}
     spec = unflatten({name: variable.get_value() for name, (_, variable) in leaves.items()})
@@ -84,7 +105,8 @@ def from_nnx(build: nnx.Module | Callable[[], nnx.Module], where: str = "model")
     def forward(values: PyTree, tokens: jax.Array) -> jax.Array:
         flat = flatten(values)
         state = nnx.State.from_flat_path({path: v.replace(flat[name]) for name, (path, v) in leaves.items()})
-        return logits_of(nnx.merge(graph, state, randoms, others)(tokens, **arguments(tokens)), where)
+        given, named = arguments(tokens)
+        return logits_of(nnx.merge(graph, state, randoms, others)(*given, **named), where)
 
     return forward, as_spec(spec)
 
@@ -137,28 +159,65 @@ def _switched_off(module: linen.Module) -> linen.Module:
     return module.clone(**changes) if names else module
 
 
-def _arguments(call: Callable[..., Any], where: str) -> Callable[[jax.Array], dict[str, Any]]:
-    """A function from tokens to the keyword arguments that `call(self, tokens, ...)` wants beside them."""
-    parameters = [
-        p for p in inspect.signature(call).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    rest = parameters[2:]
+Arguments = Callable[[jax.Array], tuple[list[jax.Array], dict[str, Any]]]
+"""From tokens to what a module is called with: by place, and by name."""
+
+
+def _arguments(call: Callable[..., Any], where: str, inputs: Inputs = "") -> Arguments:
+    """What `call(self, ...)` is given: what `inputs` says, tokens first otherwise, then what it must have."""
+    kinds = inspect.signature(call).parameters.values()
+    parameters = [p for p in kinds if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)][1:]
+    roles = _roles(inputs, [p.name for p in parameters], where)
+    first = [] if "tokens" in roles.values() or not parameters else parameters[:1]
+    if first and first[0].name in roles:
+        raise EffcError(f"{where}: inputs give '{first[0].name}' something else, want one argument to be tokens")
+    rest = [p for p in parameters if p not in first and p.name not in roles]
     flags = {p.name: FLAGS[p.name] for p in rest if p.name in FLAGS}
     required = [p.name for p in rest if p.default is p.empty and p.name not in flags]
     unknown = [name for name in required if name not in REQUIRED]
     if unknown:
         known = ", ".join([*FLAGS, *REQUIRED])
         raise EffcError(
-            f"{where}: __call__ wants argument '{unknown[0]}', which effc cannot fill; wrap the module (known: {known})"
+            f"{where}: __call__ wants argument '{unknown[0]}', which effc cannot fill; say what it is with "
+            f"--inputs {unknown[0]}={'|'.join(ROLES)}, or wrap the module (known: {known})"
         )
-    return lambda tokens: flags | {name: REQUIRED[name](tokens) for name in required}
+
+    def made(tokens: jax.Array) -> tuple[list[jax.Array], dict[str, Any]]:
+        asked = {name: (ROLES[role] if isinstance(role, str) else role)(tokens) for name, role in roles.items()}
+        given = [] if "tokens" in roles.values() else [tokens]
+        return given, flags | {name: REQUIRED[name](tokens) for name in required} | asked
+
+    return made
 
 
-def _linen_shapes(
-    module: linen.Module, arguments: Callable[[jax.Array], dict[str, Any]], where: str
-) -> Mapping[str, Any]:
+def _roles(inputs: Inputs, arguments: list[str], where: str) -> dict[str, str | Callable[[jax.Array], Any]]:
+    """What each argument that is named is given; EffcError where there is no such argument or role."""
+    pairs = parse_inputs(inputs, where) if isinstance(inputs, str) else dict(inputs)
+    for name, role in pairs.items():
+        if name not in arguments:
+            raise EffcError(f"{where}: __call__ has no argument '{name}'{nearest(name, arguments)}")
+        if isinstance(role, str) and role not in ROLES:
+            raise EffcError(f"{where}: inputs {name}={role}, want {' or '.join(ROLES)}{nearest(role, ROLES)}")
+    return pairs
+
+
+def parse_inputs(text: str, where: str) -> dict[str, Any]:
+    """`input_ids=tokens,mask=causal` by argument."""
+    pairs = [item.partition("=") for item in text.split(",") if item.strip()]
+    wrong = next((name for name, equals, role in pairs if not (equals and name.strip() and role.strip())), None)
+    if wrong is not None:
+        raise EffcError(f"{where}: inputs '{text}', want ARGUMENT=ROLE,... where ROLE is {' or '.join(ROLES)}")
+    return {name.strip(): role.strip() for name, _, role in pairs}
+
+
+def _triangle(tokens: jax.Array) -> jax.Array:
+    return jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
+
+
+def _linen_shapes(module: linen.Module, arguments: Arguments, where: str) -> Mapping[str, Any]:
     def init(tokens: jax.Array) -> Any:
-        return module.init(_keys(), tokens, **arguments(tokens))
+        given, named = arguments(tokens)
+        return module.init(_keys(), *given, **named)
 
     variables = jax.eval_shape(init, Spec(PROBE, jnp.int32))
     if not variables.get("params"):
@@ -167,7 +226,7 @@ def _linen_shapes(
 
 
 def _linen_constants(
-    module: linen.Module, arguments: Callable[..., Any], variables: Mapping[str, Any], where: str
+    module: linen.Module, arguments: Arguments, variables: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
     """Collections beside params, computed alone: XLA drops the parameters' initialisation."""
     names = [name for name in variables if name != "params" and name not in TRANSIENT]
@@ -179,7 +238,8 @@ def _linen_constants(
 
     @jax.jit
     def others() -> dict[str, Any]:
-        made = module.init(_keys(), tokens, **arguments(tokens))
+        given, named = arguments(tokens)
+        made = module.init(_keys(), *given, **named)
         return {name: made[name] for name in names}
 
     return others()

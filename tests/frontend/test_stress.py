@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -326,16 +326,28 @@ DECODES = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=DECODES, ids=[mix.__name__ for mix in DECODES])
-def mix(request: pytest.FixtureRequest) -> Mix:
-    return request.param
+SAMPLE = {
+    captured_mask,
+    shift_by_roll,
+    taps,
+    sorted_experts,
+    linear_attention,
+    counting_scan,
+    relative_bias,
+    soft_prompt,
+}
+"""Of the programs, those that every run of the tests takes."""
 
 
+def sampled(names: Iterable[Mix]) -> list[Any]:
+    return [pytest.param(m, id=m.__name__, marks=() if m in SAMPLE else pytest.mark.slow) for m in names]
+
+
+@pytest.mark.parametrize("mix", sampled(DECODES))
 def test_decodes(mix: Mix, tmp_path: Path) -> None:
-    """The expected ops; the module is the program, interpreted and emitted, whole and step by step."""
+    """The expected ops; the emitted program is the module, whole and step by step."""
     wanted, source = DECODES[mix], program(mix)
     lowered = lower(source)
-    check(lowered, source)
     assert verify(lowered.module) == []
     assert parse(dump(lowered.module)) == lowered.module
     found = [op for func in lowered.module.funcs.values() for op in func.ops if op.kind in CACHED]
@@ -345,6 +357,17 @@ def test_decodes(mix: Mix, tmp_path: Path) -> None:
     assert len(warned) == (wanted.ops == "window" and wanted.back is None)
     assert all(re.search(r"test_stress\.py:\d+", note) for note in warned)
     steps_are_the_whole(source, lowered, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mix", DECODES, ids=[mix.__name__ for mix in DECODES])
+def test_interpreted(mix: Mix) -> None:
+    lowered_and_checked(program(mix))
+
+
+@pytest.mark.parametrize("mix", [sorted_experts, counting_scan], ids=lambda mix: mix.__name__)
+def test_interpreted_sample(mix: Mix) -> None:
+    lowered_and_checked(program(mix))
 
 
 def steps_are_the_whole(source: Source, lowered: Lowered, folder: Path) -> None:

@@ -26,7 +26,7 @@ from effc.frontend.checkpoints.msgpack import MsgpackTensors
 from effc.frontend.checkpoints.orbax import OrbaxTensors, find_orbax, save_tree
 from effc.frontend.checkpoints.safetensor_files import SafetensorFiles
 from effc.frontend.checkpoints.tensors import Tensors, check_dtype, match_by_path
-from effc.frontend.checkpoints.user_code import adapt_model, load_build
+from effc.frontend.checkpoints.user_code import adapt_model, load_build, split_ref
 from effc.frontend.source import Source, TokenizerFiles, flatten
 
 FORMAT = 1
@@ -45,12 +45,19 @@ def open_folder(folder: Path, config: Mapping[str, Any], dtype: np.dtype | None,
     return build_source(
         where=folder,
         tensors=tensors_in(params),
-        module=module or settings["module"],
+        module=_module(module, settings["module"]),
         config={**settings.get("config", {}), **config},
         dtype=dtype or check_dtype(settings.get("dtype", "float32")),
         tokenizer=_tokenizer(folder, settings),
         context=settings.get("context"),
     )
+
+
+def _module(asked: str | None, own: str) -> str:
+    """The module asked for, or the folder's own, with the inputs asked for."""
+    if asked and asked.startswith("("):
+        return own.partition("(")[0] + asked
+    return asked or own
 
 
 def open_with_module(path: Path, module: str, config: Mapping[str, Any], dtype: np.dtype | None) -> Source:
@@ -72,7 +79,8 @@ def build_source(
     context: int | None,
 ) -> Source:
     folder = where if where.is_dir() else where.parent
-    forward, spec = adapt_model(load_build(module, folder), config, dtype, module)
+    module, inputs = split_ref(module)
+    forward, spec = adapt_model(load_build(module, folder), config, dtype, module, inputs)
     weights = match_by_path(tensors, flatten(spec), TRAINING_STATE)
     kind = type(tensors).__name__.removesuffix("Tensors").removesuffix("Files").lower()
     meta = {

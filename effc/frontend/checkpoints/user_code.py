@@ -23,6 +23,18 @@ from effc.frontend.source import PyTree, Spec
 Build = Callable[..., Any]
 
 
+def split_ref(ref: str) -> tuple[str, str]:
+    """`model.py:build(ids=tokens,mask=causal)`: the function, and what its module's arguments are given."""
+    name, bracket, rest = ref.partition("(")
+    if not bracket:
+        return ref, ""
+    if not rest.endswith(")"):
+        raise EffcError(f"module '{ref}': want FILE.py:FUNCTION(ARGUMENT=ROLE,...)")
+    if not name:
+        raise EffcError(f"inputs {rest[:-1]}: want --module FILE.py:FUNCTION too, whose arguments they are")
+    return name, rest[:-1]
+
+
 def load_build(ref: str, folder: Path) -> Build:
     """Runs the named file (looked for in folder, then in the current one) or imports the named module."""
     name, _, function = ref.rpartition(":")
@@ -36,13 +48,15 @@ def load_build(ref: str, folder: Path) -> Build:
     return build
 
 
-def adapt_model(build: Build, config: Mapping[str, Any], dtype: np.dtype, where: str) -> tuple[Forward, PyTree]:
+def adapt_model(
+    build: Build, config: Mapping[str, Any], dtype: np.dtype, where: str, inputs: adapt.Inputs = ""
+) -> tuple[Forward, PyTree]:
     """Forward and spec of build(**config), floating parameters as dtype; NNX models are not initialised."""
     module = _call_abstractly(build, config, where)
     if isinstance(module, nnx.Module):
-        forward, spec = adapt.from_nnx(lambda: build(**config), where)
+        forward, spec = adapt.from_nnx(lambda: build(**config), where, inputs)
     elif isinstance(module, linen.Module):
-        forward, spec = adapt.from_linen(build(**config), where=where)
+        forward, spec = adapt.from_linen(build(**config), where=where, inputs=inputs)
     else:
         raise EffcError(f"{where}: build returned {type(module).__name__}, want a flax.linen or flax.nnx Module")
 
