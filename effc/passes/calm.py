@@ -65,7 +65,7 @@ class Calm(Pass):
         early = _early(self, shape, at, exit, _free("early", module))
         func = shape.keys
         assert module.decode is not None
-        decode = Decode("early", {**module.decode.attrs, "early": Ref(early.name), "threshold": 1.0})
+        decode = Decode("early", {**module.decode.attrs, "early": Ref(early.name), "layers": shape.layers})
         funcs = {**module.funcs, func.name: func, shape.head.name: shape.head, exit.name: exit, early.name: early}
         notes.chose(f"exits after layers {', '.join(map(str, at))} of {shape.layers}, confidence by {self.measure}")
         notes.chose(

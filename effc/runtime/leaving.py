@@ -1,0 +1,92 @@
+"""Decoding with early exits: the threshold that holds for each token, and a count of the layers that ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from effc.errors import EffcError
+from effc.runtime.program import Program
+
+State = dict[str, Any]
+
+ALWAYS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Exits:
+    """A program's exits: entry(params, tokens, cache, threshold=, progress=) -> (logits, layers, cache).
+
+    threshold is certified for greedy text of up to `tokens` tokens; 1 where nothing is.
+    """
+
+    entry: Callable[..., Any]
+    layers: int
+    threshold: float = 1.0
+    tokens: int = 0
+
+    def begin(self, state: State, new: int, asked: float | None, certified: bool) -> State:
+        """The state with what exits need, or as it is where the full model is to run all the time.
+
+        asked: a threshold without guarantee; None: the certified one, where this way of choosing is `certified`.
+        """
+        threshold = asked if asked is not None else self.threshold if certified else 1.0
+        if not 0 <= threshold <= 1:
+            raise EffcError(f"exits: threshold {threshold:g}, want 0 (always leave) to 1 (never)")
+        if threshold >= 1:
+            return state
+        own = {
+            "threshold": jnp.float32(threshold),
+            "begun": state["cache"].lengths,
+            "until": jnp.int32(ALWAYS if asked is not None else self.tokens),
+            "total": jnp.float32(self.tokens or new),
+            "counts": jnp.zeros(self.layers + 1, jnp.int32),
+        }
+        return {**state, "exits": jax.tree.map(jnp.copy, own)}  # no array twice: they are donated
+
+    def advance(self, params: Any, state: State) -> tuple[jax.Array, State]:
+        """Logits [b,1,V] after the token chosen last; the layers each row ran are counted."""
+        own = state["exits"]
+        written = state["cache"].lengths - own["begun"] + 1
+        threshold = jnp.where(written < own["until"], own["threshold"], 1.0)
+        progress = jnp.clip(written / own["total"], 0, 1)
+        tokens = state["token"][:, None]
+        logits, layers, cache = self.entry(params, tokens, state["cache"], threshold=threshold, progress=progress)
+        counts = own["counts"].at[layers[:, 0]].add((~state["done"]).astype(jnp.int32))
+        return logits, {**state, "cache": cache, "exits": {**own, "counts": counts}}
+
+
+@dataclass(frozen=True)
+class Left:
+    """Tokens by the number of layers they ran."""
+
+    by_layers: Mapping[int, int]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.by_layers.values())
+
+    @property
+    def average(self) -> float:
+        """Layers a token."""
+        return sum(n * count for n, count in self.by_layers.items()) / self.tokens if self.tokens else 0.0
+
+
+def told(state: State) -> Left | None:
+    """What was counted; None where every token ran all layers by design."""
+    if "exits" not in state:
+        return None
+    return Left({n: int(count) for n, count in enumerate(state["exits"]["counts"]) if count})
+
+
+def exits_of(program: Program) -> Exits | None:
+    """What `DECODE` says; None where the program has no exits."""
+    asked = program.decode
+    if "early" not in asked:
+        return None
+    threshold, tokens = float(asked.get("threshold", 1.0)), int(asked.get("tokens", 0))
+    return Exits(program.entries[str(asked["early"])], int(asked["layers"]), threshold, tokens)
