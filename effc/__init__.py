@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from effc.errors import EffcError, nearest
 
 if TYPE_CHECKING:
-    from effc.api import load, optimize
+    from effc.api import distill, load, optimize
     from effc.artifact import Artifact
     from effc.driver import Settings
     from effc.frontend import lower
@@ -35,6 +35,7 @@ _HOME = {
     "Pipeline": "effc.pipeline",
     "Report": "effc.report",
     "Settings": "effc.driver",
+    "distill": "effc.api",
     "dump": "effc.ir",
     "load": "effc.api",
     "lower": "effc.frontend",
@@ -57,6 +58,6 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "PASSES", "Artifact", "EffcError", "Generator", "Module", "Pipeline", "Report", "Settings", "dump",
-    "load", "lower", "open_model", "optimize", "parse", "save_checkpoint",
+    "PASSES", "Artifact", "EffcError", "Generator", "Module", "Pipeline", "Report", "Settings", "distill",
+    "dump", "load", "lower", "open_model", "optimize", "parse", "save_checkpoint",
 ]  # fmt: skip

@@ -101,19 +101,19 @@ def optimize(source: Source, out: Path, settings: Settings | None = None, consol
                 with clock.step("export"):
                     _export(work, program)
             with clock.step("evaluate", text.scored) as advance:
-                quality = _qualities(origin, final, text, advance)
+                quality = qualities(origin, final, text, advance)
             with clock.step("tokens/s"):
-                speeds = _speeds(origin, final, notes) if settings.speed else (None, None)
+                speeds = speeds_of(origin, final, notes) if settings.speed else (None, None)
         exactness = _exactness(pipeline, edited)
         report = Report(
             name=lowered.module.name,
             pipeline=str(pipeline),
             exactness=str(exactness),
             meaning=exactness.meaning(),
-            before=_side(origin.module, quality[0], speeds[0]),
-            after=_side(final.module, quality[1], speeds[1]),
+            before=measured(origin.module, quality[0], speeds[0]),
+            after=measured(final.module, quality[1], speeds[1]),
             passes=passes,
-            text=_described(text),
+            text=described(text),
             notes=[*notes, *checked],
             seconds=dict(clock.seconds),
             peak_bytes=peak_bytes(),
@@ -235,14 +235,14 @@ def _random_text(module: Module, settings: Settings) -> Windows:
     return evaluate.random_windows(vocab, window=window, tokens=settings.eval_tokens, seed=settings.seed)
 
 
-def _qualities(origin: State, final: State, text: Windows, advance: Any) -> tuple[Quality, Quality]:
+def qualities(origin: State, final: State, text: Windows, advance: Any) -> tuple[Quality, Quality]:
     """Of both: apart where both are on disk, else here."""
     if origin.files and final.files:
         return compare_apart(origin.files[0].parent, final.files[0].parent, text, advance)
     return evaluate.compare(origin.side, final.side, text, advance)
 
 
-def _speeds(origin: State, final: State, notes: list[str]) -> tuple[Speed | None, Speed | None]:
+def speeds_of(origin: State, final: State, notes: list[str]) -> tuple[Speed | None, Speed | None]:
     """Of both, one process after the other; measured once where nothing changed."""
     after = speed.measure(final.module, final.files[0].parent / WEIGHTS)
     if origin.module == final.module:
@@ -254,12 +254,12 @@ def _speeds(origin: State, final: State, notes: list[str]) -> tuple[Speed | None
     return speed.measure(origin.module, origin.files[0].parent / WEIGHTS), after
 
 
-def _side(module: Module, quality: Quality, speed: Speed | None) -> Side:
+def measured(module: Module, quality: Quality, speed: Speed | None) -> Side:
     sizes = side(module)
     return Side(sizes.parameters, sizes.nbytes, sizes.token_bytes, quality, speed)
 
 
-def _described(text: Windows) -> str:
+def described(text: Windows) -> str:
     count, length = len(text.chunks), text.chunks[0].shape[1]
     return f"{text.source}: {text.scored} tokens in {count} window{'s' * (count > 1)} of {length}"
 

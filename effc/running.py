@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,13 +37,13 @@ def run_passes(
             run.step(made_by)
     if healing.training(ordered):
         with clock.timed("heal"):
-            run.heal(ordered, asked)
+            run.heal(asked)
     with clock.step("passes"):
         for made_by in ordered[len(first) :]:
             run.step(made_by)
     if healing.calibrating(ordered):
         with clock.timed("calibrate"):
-            run.calibrate(ordered)
+            run.calibrate()
     return run.state, list(run.reports.values())
 
 
@@ -54,21 +53,24 @@ class _Run:
     def __init__(self, start: State, context: Context, spool: Path, watch: Watch):
         self.state, self.context, self.spool, self.watch = start, context, spool, watch
         self.reports: dict[str, PassReport] = {}
+        self.ran: list[Pass] = []
         watch("input", start.module)
         self.probe = _Probe(context.heldout)
         self.probe.see("input", start)
 
     def step(self, made_by: Pass) -> None:
         context = replace(self.context, name=made_by.name)
-        step = runner.step(made_by.decided(self.state.module, self.state.store, context), self.state.module)
+        made_by = made_by.decided(self.state.module, self.state.store, context)
+        self.ran.append(made_by)
+        step = runner.step(made_by, self.state.module)
         self.watch(made_by.name, step.after)
         self.state = _with_arrays(step, self.state, self.spool / made_by.name, context)
         gap = None if step.after == step.before else self.probe.hold(made_by, self.state)
         self.reports[made_by.name] = _reported(step, gap)
 
-    def heal(self, passes: Sequence[Pass], asked: Budget | None) -> None:
+    def heal(self, asked: Budget | None) -> None:
         before = self.state.store
-        if healing.heal(self.state.module, before, passes, self.context, asked, self._trained) is not before:
+        if healing.heal(self.state.module, before, self.ran, self.context, asked, self._trained) is not before:
             self.watch("heal", self.state.module)
 
     def _trained(self, made_by: Pass, store: Store) -> Store:
@@ -77,9 +79,9 @@ class _Run:
         self.reports[made_by.name] = replace(self.reports[made_by.name], gap=gap, trained=runs)
         return self.state.store
 
-    def calibrate(self, passes: Sequence[Pass]) -> None:
+    def calibrate(self) -> None:
         before = self.state
-        module, said = healing.calibrate(before.module, before.store, passes, self.context)
+        module, said = healing.calibrate(before.module, before.store, self.ran, self.context)
         for name, notes in said.items():
             report = self.reports[name]
             self.reports[name] = replace(report, choices=[*report.choices, *notes.choices])
