@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from effc.passes.base import Exactness, Notes, Option, Pass, PassError, Phase
+from effc.passes.calm import Calm
 from effc.passes.clean import Clean
+from effc.passes.draft import Draft
 from effc.passes.fuse import Fuse
 from effc.passes.mor import Mor
 from effc.passes.quant4 import Quant4
 from effc.passes.quant8 import Quant8
 
-PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (Clean, Mor, Quant8, Quant4, Fuse)}
+PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (Clean, Mor, Calm, Draft, Quant8, Quant4, Fuse)}
 """Every pass, in the order of the phases."""
 
 __all__ = [
     "PASSES",
+    "Calm",
     "Clean",
+    "Draft",
     "Exactness",
     "Fuse",
     "Mor",

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from effc.errors import EffcError, nearest
-from effc.runtime import gain, lookup
+from effc.runtime import chain, gain, lookup
+from effc.runtime.cache import cache_shapes
+from effc.runtime.chain import PROMPT, Chain
 from effc.runtime.drafting import Choice, Drafter, Loop, Proposal, State, Widths, empty_tally, widths
 from effc.runtime.lookup import Lookup
 from effc.runtime.program import Program
@@ -20,8 +22,11 @@ from effc.runtime.speculate import NONE, check_rolls_back
 SLOPE = 0.1
 """Cost of one more token in a call, in calls on one, where none was measured."""
 
-MARGIN = 2
-"""Rows of a history past the last token and the drafts after it."""
+COST = 0.1
+"""Cost of a draft token, likewise."""
+
+ROUND = 128
+"""Histories hold a multiple of this many tokens, so that few shapes are compiled."""
 
 
 @dataclass(frozen=True)
@@ -34,49 +39,102 @@ class Speculation:
     prior: tuple[float, ...]
     verify: Callable[..., Any]
 
+    @property
+    def features(self) -> bool:
+        """Whether the drafter reads what `verify` gives beside logits."""
+        return isinstance(self.drafter, Chain) and self.drafter.features
+
     def loop(self, choice: Choice) -> Loop:
         """The loop to compile for this way of choosing."""
         return Loop(self.verify, self.drafter, self.widths, self.program.context, choice)
 
-    def begin(self, state: State, prompts: Sequence[Sequence[int]], new: int, *, draws: bool) -> State:
-        """The state after the first token, with what speculation keeps beside; up to `new` tokens a row in all."""
+    def begin(
+        self, params: Any, state: State, prompts: Sequence[Sequence[int]], new: int, vocab: int,
+        features: jax.Array | None, *, greedy: bool,
+    ) -> State:  # fmt: skip
+        """The state after the first token, with what speculation keeps beside; up to `new` tokens a row in all.
+
+        features [b,n,d] are those of the prompts.
+        """
         check_rolls_back(state["cache"])
         rows, most = len(prompts), self.widths.most
-        room = max(map(len, prompts)) + new + most + MARGIN
-        left = jnp.full(rows, new - 1, jnp.int32)
-        nothing = jnp.zeros((rows, most), jnp.int32)
+        room = max(map(len, prompts)) + new + max(most + 2, PROMPT)
+        room = -(-room // ROUND) * ROUND
+        left, nothing = jnp.full(rows, new - 1, jnp.int32), jnp.zeros((rows, most), jnp.int32)
+        drawn = jnp.zeros((rows, most, vocab)) if self.drafter.draws and not greedy else None
         history = _history(prompts, room).at[jnp.arange(rows), state["cache"].lengths].set(state["token"])
         own = {
             "history": history, "left": left, "table": gain.begin(rows, self.prior),
-            "tally": empty_tally(self.widths), "proposal": Proposal(nothing, nothing, left * 0),
+            "tally": empty_tally(self.widths),
+            "proposal": Proposal(nothing, nothing, left * 0, left * 0, drawn),
         }  # fmt: skip
+        if isinstance(self.drafter, Chain):
+            own |= {"own": self.drafter.begin(params, rows, room, features), "vocab": jnp.zeros(vocab, bool)}
+        if features is not None:
+            own["features"] = jnp.pad(features, ((0, 0), (0, max(0, room - features.shape[1])), (0, 0)))
         return {**state, **jax.tree.map(jnp.copy, own)}  # no array twice: they are donated
 
 
-def speculation_of(program: Program) -> Speculation | None:
+def speculation_of(program: Program, params: Any) -> Speculation | None:
     """What `DECODE` says; None where decoding is plain."""
     asked = program.decode
-    if asked.get("strategy") != "speculative":
+    if asked.get("strategy") != "speculative" or asked.get("gamma") == 0:  # 0: it was measured not to pay
         return None
     kind = str(asked.get("kind"))
     if kind not in KINDS:
         raise EffcError(f"decode: no drafter '{kind}', want {' or '.join(KINDS)}{nearest(kind, KINDS)}")
-    return KINDS[kind](program, asked)
+    return KINDS[kind](program, params, asked)
 
 
-def _lookup(program: Program, asked: Mapping[str, Any]) -> Speculation:
+def _lookup(program: Program, params: Any, asked: Mapping[str, Any]) -> Speculation:
     sizes = _widths(asked)
     prior = tuple(asked.get("acceptance", lookup.PRIOR))
     return Speculation(program, Lookup(sizes), sizes, prior, program.extend)
 
 
-KINDS: Mapping[str, Callable[[Program, Mapping[str, Any]], Speculation]] = {"lookup": _lookup}
+def _chain(program: Program, params: Any, asked: Mapping[str, Any]) -> Speculation:
+    """A drafter that is a function of the program."""
+    sizes, verify = _widths(asked), asked.get("verify")
+    entry = _entry(program, str(asked.get("drafter")))
+    shared = _shared(program, entry, params) if asked.get("shared") else 0
+    limits = [limit for limit in (program.context, asked.get("context")) if limit is not None]
+    drafter = Chain(
+        entry, sizes, _floor(sizes), min(limits, default=None),
+        ids=str(asked.get("vocab", "")), shared=shared, features=verify is not None,
+    )  # fmt: skip
+    whole = _entry(program, str(verify)) if verify is not None else program.extend
+    return Speculation(program, drafter, sizes, tuple(asked.get("acceptance", chain.PRIOR)), whole)
+
+
+KINDS: Mapping[str, Callable[[Program, Any, Mapping[str, Any]], Speculation]] = {
+    "lookup": _lookup, "model": _chain, "self": _chain, "head": _chain,
+}  # fmt: skip
+
+
+def _shared(program: Program, entry: Callable[..., Any], params: Any) -> int:
+    """How many entries of the target's cache a part of it has; EffcError where they are not the first ones."""
+    part, whole = (cache_shapes(call, params, 1).entries for call in (entry, program.extend))
+    if part != whole[: len(part)]:
+        raise EffcError("decode: the drafter's cache is not the beginning of the target's, want its first layers")
+    return len(part)
+
+
+def _entry(program: Program, name: str) -> Callable[..., Any]:
+    if name not in program.entries:
+        raise EffcError(f"decode: the program has no function '{name}'{nearest(name, program.entries)}")
+    return program.entries[name]
 
 
 def _widths(asked: Mapping[str, Any]) -> Widths:
     gamma = int(asked["gamma"])
-    curve = asked.get("verify") or [1 + SLOPE * n for n in range(gamma + 1)]
-    return widths(gamma, curve)
+    curve = asked.get("curve") or [1 + SLOPE * n for n in range(gamma + 1)]
+    return widths(gamma, curve, float(asked.get("cost", COST if "drafter" in asked else 0)))
+
+
+def _floor(sizes: Widths) -> float:
+    """How likely a draft must be right to its end for one token more to pay: what that token costs."""
+    slope = (sizes.costs[-1] - sizes.costs[0]) / max(1, sizes.most)
+    return min(0.9, slope + sizes.draft)
 
 
 def _history(prompts: Sequence[Sequence[int]], room: int) -> jax.Array:

@@ -35,15 +35,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class Proposal:
-    """tokens, levels i32[b,G]; count i32[b]: how many there are; q f32[b,G,V] where tokens were drawn from it."""
+    """tokens, levels i32[b,G]; i32[b]: there, how many there are, of these count are worth sending.
+
+    q f32[b,G,V] where tokens were drawn from it.
+    """
 
     tokens: jax.Array
     levels: jax.Array
+    there: jax.Array
     count: jax.Array
     q: jax.Array | None = None
 
 
-jax.tree_util.register_dataclass(Proposal, ("tokens", "levels", "count", "q"), ())
+jax.tree_util.register_dataclass(Proposal, ("tokens", "levels", "there", "count", "q"), ())
 
 
 class Drafter(Protocol):
@@ -54,15 +58,20 @@ class Drafter(Protocol):
         """Whether tokens are drawn from q where sampling is asked for; else they are no draw."""
         ...
 
-    def propose(self, params: Any, state: State, numbers: Numbers, choice: Choice) -> tuple[Proposal, State]: ...
+    def propose(
+        self, params: Any, state: State, numbers: Numbers, choice: Choice, first: bool = False
+    ) -> tuple[Proposal, State]:
+        """Drafts after the known tokens, and the state after; `first`: there is a whole prompt to read."""
+        ...
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Draft lengths that are compiled, from 0 up, and costs[n]: what n tokens sent cost in plain steps."""
+    """Draft lengths that are compiled, from 0 up; in plain steps, what verifying n tokens costs and making one."""
 
     sizes: tuple[int, ...]
     costs: tuple[float, ...]
+    draft: float = 0.0
 
     @property
     def most(self) -> int:
@@ -80,11 +89,11 @@ class Widths:
         return jnp.minimum(wanted, fits)
 
 
-def widths(gamma: int, verify: Sequence[float]) -> Widths:
+def widths(gamma: int, verify: Sequence[float], draft: float = 0.0) -> Widths:
     """For drafts of up to gamma tokens; verify[k] is what a call on k+1 tokens costs, in calls on one."""
     sizes = (0, gamma) if gamma < 4 else (0, (gamma + 1) // 2, gamma)
     curve = [verify[min(n, len(verify) - 1)] for n in range(gamma + 1)]
-    return Widths(sizes, tuple(curve[next(s for s in sizes if s >= n)] for n in range(gamma + 1)))
+    return Widths(sizes, tuple(curve[next(s for s in sizes if s >= n)] for n in range(gamma + 1)), draft)
 
 
 @partial(
@@ -144,7 +153,7 @@ class Loop:
 
     def first(self, params: Any, state: State, numbers: Numbers) -> State:
         """The state with the first drafts."""
-        return self._proposed(params, state, numbers)
+        return self._proposed(params, state, numbers, first=True)
 
     def _width(self, state: State) -> jax.Array:
         return self.widths.index(_wanted(state), state["cache"].lengths, _active(state), self.context)
@@ -208,10 +217,11 @@ class Loop:
             right = tokens == proposal.tokens
             before = jnp.pad(jnp.cumprod(right, axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=1)
             known = (before > 0) & (index < jnp.minimum(given.count, verdict.accepted + 1)[:, None])
-        known &= active[:, None] & (index < proposal.count[:, None])
+        known &= active[:, None] & (index < proposal.there[:, None])
         table = gain.learned(table, proposal.levels, right, known)
-        cost = jnp.asarray(self.widths.costs, jnp.float32)[count]
-        return gain.rested(table, given.count, cost, count > 0, active)
+        made = self.widths.draft * proposal.there
+        cost = jnp.asarray(self.widths.costs, jnp.float32)[count] + made
+        return gain.rested(table, given.count, cost, (count > 0) | (made > 0), active)
 
     def _tallied(
         self, tally: Tally, size: int, count: jax.Array, verdict: Verdict, given: Emission, active: jax.Array
@@ -225,8 +235,8 @@ class Loop:
             tally.emitted + given.count.sum(),
         )
 
-    def _proposed(self, params: Any, state: State, numbers: Numbers) -> State:
-        proposal, state = self.drafter.propose(params, state, numbers, self.choice)
+    def _proposed(self, params: Any, state: State, numbers: Numbers, first: bool = False) -> State:
+        proposal, state = self.drafter.propose(params, state, numbers, self.choice, first)
         return {**state, "proposal": proposal}
 
 

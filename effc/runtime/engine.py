@@ -18,8 +18,11 @@ from effc.errors import EffcError
 from effc.runtime.cache import Cache, cache_shapes, empty_cache
 from effc.runtime.drafters import speculation_of
 from effc.runtime.drafting import Choice
+from effc.runtime.leaving import exits_of
+from effc.runtime.kernels.region.native import packed, regions
 from effc.runtime.program import Program
 from effc.runtime.sampling import Numbers, Sampling, choose, row_keys
+from effc.runtime.speculate import rolled_back
 
 ROUND = 128
 """Caches hold a multiple of this many tokens, so that few shapes are compiled."""
@@ -43,6 +46,8 @@ class How:
     sampling: Sampling
     numbers: Numbers
     stops: jax.Array
+    exits: float | None = None
+    """Threshold of early exits; None: the certified one, for plain greedy text."""
 
     @property
     def greedy(self) -> bool:
@@ -63,9 +68,10 @@ class Engine:
 
     def __init__(self, program: Program, params: Any, eos: tuple[int, ...] = ()):
         keep_compiled()
-        self.program, self.params, self.eos = program, params, eos
-        self.context, self.speculation = program.context, speculation_of(program)
-        self.forward = jax.jit(program.forward)
+        self.program, self.params, self.eos = program, packed(params), eos
+        self.context, self.speculation = program.context, speculation_of(program, params)
+        self.exits = exits_of(program)
+        self.forward = jax.jit(regions(program.forward))
         self.compile_seconds = 0.0
         self._shapes: dict[int, Cache] = {}
         self._compiled: dict[Any, Callable[..., Any]] = {}
@@ -74,6 +80,15 @@ class Engine:
     def spare(self) -> int:
         """Rows of a cache that drafts may take past the last token."""
         return self.speculation.widths.most + 1 if self.speculation else 0
+
+    def read(self, tokens: jax.Array, cache: Cache, valid: jax.Array) -> tuple[jax.Array, jax.Array | None, Cache]:
+        """Logits [b,1,V] after the last valid token, features [b,t,d] where a drafter wants them, and the cache."""
+        if not (self.speculation and self.speculation.features):
+            logits, cache = self.extend(tokens, cache, valid)
+            return logits, None, cache
+        call = partial(_read, self.speculation.verify)
+        run = self._ready("read", call, 2, self.params, tokens, cache, valid)
+        return run(self.params, tokens, cache, valid)
 
     def empty(self, batch: int, tokens: int) -> Cache:
         """A cache with room for at least this many tokens in each sequence."""
@@ -94,12 +109,15 @@ class Engine:
         args = (logits, state, how.numbers, how.stops)
         return self._ready(("choose", how.greedy, how.filters), call, 1, *args)(*args)
 
-    def begin(self, state: State, how: How, prompts: Sequence[Sequence[int]], new: int) -> State:
+    def begin(
+        self, state: State, how: How, prompts: Sequence[Sequence[int]], new: int, vocab: int,
+        features: jax.Array | None,
+    ) -> State:  # fmt: skip
         """The state after the first token, with the first drafts where the program has a drafter."""
         if self.speculation is None:
-            return state
-        draws = self.speculation.drafter.draws and not how.greedy
-        state = self.speculation.begin(state, prompts, new, draws=draws)
+            plain = how.greedy and not how.filters
+            return self.exits.begin(state, new, how.exits, plain) if self.exits else state
+        state = self.speculation.begin(self.params, state, prompts, new, vocab, features, greedy=how.greedy)
         args = (self.params, state, how.numbers)
         call = self.speculation.loop(how.choice).first
         return self._ready(("first", how.choice), call, 1, *args)(*args)
@@ -114,7 +132,8 @@ class Engine:
             args = (self.params, state, how.numbers, how.stops)
             return self._ready(("rounds", chunk, how.choice), call, 1, *args)(*args)
         options = {"chunk": chunk, "greedy": how.greedy, "filters": how.filters}
-        call = partial(_decode, self.program.extend, **options)
+        advance = self.exits.advance if self.exits and "exits" in state else partial(_advance, self.program.extend)
+        call = partial(_decode, advance, **options)
         args = (self.params, state, how.numbers, how.stops, jnp.int32(limit))
         return self._ready(("decode", *options.values()), call, 1, *args)(*args)
 
@@ -124,9 +143,19 @@ class Engine:
         key = (what, tuple((x.shape, x.dtype) for x in leaves), tree)
         if key not in self._compiled:
             start = time.perf_counter()
-            self._compiled[key] = jax.jit(call, donate_argnums=donate).lower(*args).compile()
+            self._compiled[key] = jax.jit(regions(call), donate_argnums=donate).lower(*args).compile()
             self.compile_seconds += time.perf_counter() - start
         return self._compiled[key]
+
+
+def _read(
+    verify: Callable[..., Any], params: Any, tokens: jax.Array, cache: Cache, valid: jax.Array
+) -> tuple[jax.Array, jax.Array, Cache]:
+    """`verify` on padded tokens: the caches' lengths are set afterwards, since it gives all rows."""
+    logits, features, after = verify(params, tokens, cache)
+    index = jnp.maximum(valid - 1, 0)[:, None, None]
+    last = jnp.take_along_axis(logits, index, axis=1)
+    return last, features, rolled_back(after, cache.lengths + valid)
 
 
 def _choose(
@@ -146,8 +175,14 @@ def _choose(
     return {**state, "token": token, "seen": seen, "done": state["done"] | is_stop(token, stops)}
 
 
+def _advance(extend: Callable[..., Any], params: Any, state: State) -> tuple[jax.Array, State]:
+    """Logits [b,1,V] after the token chosen last."""
+    logits, cache = extend(params, state["token"][:, None], state["cache"])
+    return logits, {**state, "cache": cache}
+
+
 def _decode(
-    extend: Callable[..., Any], params: Any, state: State, numbers: Numbers, stops: jax.Array,
+    advance: Callable[..., Any], params: Any, state: State, numbers: Numbers, stops: jax.Array,
     limit: jax.Array, *, chunk: int, greedy: bool, filters: frozenset[str],
 ) -> tuple[State, jax.Array]:  # fmt: skip
     """Each turn takes in the token chosen last and chooses the next; ends early when all rows are done."""
@@ -158,8 +193,8 @@ def _decode(
 
     def turn(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
         i, state, out = carry
-        logits, cache = extend(params, state["token"][:, None], state["cache"])
-        state = _choose(logits, {**state, "cache": cache}, numbers, stops, greedy=greedy, filters=filters)
+        logits, state = advance(params, state)
+        state = _choose(logits, state, numbers, stops, greedy=greedy, filters=filters)
         shown = jnp.where(state["done"], DONE, state["token"])
         return i + 1, state, lax.dynamic_update_slice(out, shown[:, None], (0, i))
 

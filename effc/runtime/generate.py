@@ -13,7 +13,9 @@ import numpy as np
 from effc.errors import EffcError
 from effc.runtime.cache import Cache
 from effc.runtime.drafting import Tally, Widths
+from effc.runtime.gain import Table
 from effc.runtime.engine import DONE, Engine, How, State, check_length, pieces
+from effc.runtime.leaving import Left, told
 from effc.runtime.sampling import Sampling
 from effc.runtime.text import Decoder, Watch
 
@@ -56,6 +58,12 @@ def counted(tally: Tally, widths: Widths) -> Drafted:
     return Drafted(int(tally.calls), sum(drafted), sum(accepted), int(tally.emitted), drafted, accepted, rounds)
 
 
+def _shares(table: Table) -> tuple[float, ...]:
+    """Of all rows together, what is known of each level; the prior counts as one observation of each row."""
+    right, tried = (np.asarray(x).sum(axis=0) for x in (table.right, table.tried))
+    return tuple(round(float(share), 3) for share in right / tried)
+
+
 @dataclass
 class Stats:
     """Counts and seconds; compiling is counted apart from the work."""
@@ -67,6 +75,8 @@ class Stats:
     compile_seconds: float = 0.0
     decoded: int = 0  # tokens that decode_seconds covers: the first of each row comes from prefill
     draft: Drafted | None = None  # where the program has a drafter
+    exits: Left | None = None  # where tokens left early
+    levels: tuple[float, ...] | None = None  # how often drafts of each level were right
 
     @property
     def prefill_rate(self) -> float:
@@ -104,15 +114,17 @@ class Request:
     chunk: int = 32
     stop: Sequence[str] = ()
     decode: Decoder | None = None
+    exits: float | None = None  # threshold of early exits, 1 never; None: the certified one
 
 
 def generate(
     engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
     sampling: Sampling | None = None, stop_ids: Sequence[int] | None = None, seed: int = 0, chunk: int = 32,
-    stop: Sequence[str] = (), decode: Decoder | None = None, on_tokens: OnTokens | None = None,
+    stop: Sequence[str] = (), decode: Decoder | None = None, exits: float | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> Result:  # fmt: skip
     """Up to max_new_tokens after each prompt; a row's tokens do not depend on the other rows."""
-    request = Request(prompts, max_new_tokens, sampling or Sampling(), stop_ids, seed, chunk, stop, decode)
+    request = Request(prompts, max_new_tokens, sampling or Sampling(), stop_ids, seed, chunk, stop, decode, exits)
     result = Result([[] for _ in prompts], ["length"] * len(prompts), Stats())
     for news in stream(engine, request, result):
         for row, tokens in enumerate(news):
@@ -143,7 +155,7 @@ class _Run:
         self._check()
         stops = engine.eos if request.stop_ids is None else request.stop_ids
         sampling = request.sampling
-        self.how = How(sampling, sampling.numbers(), jnp.asarray(list(stops) or [DONE], jnp.int32))
+        self.how = How(sampling, sampling.numbers(), jnp.asarray(list(stops) or [DONE], jnp.int32), request.exits)
         self.seed = jax.random.key(request.seed)
         self.done, self.sent = [False] * len(self.lengths), [0] * len(self.lengths)
         self.left = np.full(len(self.lengths), request.max_new_tokens)
@@ -161,29 +173,31 @@ class _Run:
     def prefill(self) -> np.ndarray:
         """The first new token of each row, i32[b,1]."""
         timer = _Timer(self.engine, self.result.stats)
-        logits, cache = self._read_prompts()
-        self.state = self.engine.choose(logits, self._first_state(cache, logits.shape[-1]), self.how)
-        self.state = self.engine.begin(self.state, self.how, self.request.prompts, self.request.max_new_tokens)
+        logits, features, cache = self._read_prompts()
+        vocab, new = logits.shape[-1], self.request.max_new_tokens
+        self.state = self.engine.choose(logits, self._first_state(cache, vocab), self.how)
+        self.state = self.engine.begin(self.state, self.how, self.request.prompts, new, vocab, features)
         first = np.where(np.asarray(self.state["done"]), DONE, np.asarray(self.state["token"]))[:, None]
         self.result.stats.prompt_tokens = sum(self.lengths)
         self.result.stats.prefill_seconds += timer.seconds()
         return first
 
-    def _read_prompts(self) -> tuple[jax.Array, Cache]:
-        """Logits [b,1,V] after the last token of each prompt, and the cache that holds them all."""
+    def _read_prompts(self) -> tuple[jax.Array, jax.Array | None, Cache]:
+        """Logits [b,1,V] after the last token of each prompt, features of all, and the cache that holds them."""
         lengths = np.asarray(self.lengths, np.int32)
         cuts = pieces(max(self.lengths), self.engine.context)
         end = sum(cuts[-1])
         tokens = _padded(self.request.prompts, end)
         room = max(end, max(self.lengths) + self.request.max_new_tokens + self.engine.spare)
-        cache, last = self.engine.empty(len(lengths), room), None
+        cache, last, features = self.engine.empty(len(lengths), room), None, list[jax.Array]()
         for start, size in cuts:
             valid = np.clip(lengths - start, 0, size)
             piece = jnp.asarray(tokens[:, start : start + size])
-            logits, cache = self.engine.extend(piece, cache, jnp.asarray(valid))
+            logits, found, cache = self.engine.read(piece, cache, jnp.asarray(valid))
+            features += [] if found is None else [found]
             last = logits if last is None else jnp.where((valid > 0)[:, None, None], logits, last)
         assert last is not None
-        return last, cache
+        return last, jnp.concatenate(features, axis=1) if features else None, cache
 
     def _first_state(self, cache: Cache, vocab: int) -> State:
         rows = len(self.lengths)
@@ -232,10 +246,12 @@ class _Run:
         return all(done or left == 0 for done, left in zip(self.done, self.left, strict=True))
 
     def account(self) -> None:
-        """What drafting did, for the stats."""
+        """What drafts and exits came to, for the stats."""
+        self.result.stats.exits = told(self.state)
         tally = self.state.get("tally")
         if tally is not None and self.engine.speculation:
             self.result.stats.draft = counted(tally, self.engine.speculation.widths)
+            self.result.stats.levels = _shares(self.state["table"])
 
 
 class _Timer:

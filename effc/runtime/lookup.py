@@ -58,11 +58,14 @@ class Lookup:
     widths: Widths
     draws = False
 
-    def propose(self, params: Any, state: State, numbers: Numbers, choice: Choice) -> tuple[Proposal, State]:
+    def propose(
+        self, params: Any, state: State, numbers: Numbers, choice: Choice, first: bool = False
+    ) -> tuple[Proposal, State]:
         known, size = state["cache"].lengths + 1, self.widths.most
         found = search(state["history"], known, size)
         levels = jnp.minimum(found.lengths[:, None] + jnp.arange(size)[None, :], LONGEST)
         levels = jnp.where(found.lengths[:, None] > 0, levels, 0)
-        there = jnp.where((found.lengths > 0) & state["table"].active, size, 0)
-        count = gain.worth(gain.reaches(state["table"], levels), there, self.widths.costs)
-        return Proposal(found.tokens, levels, count), state
+        there = jnp.where(found.lengths > 0, size, 0)
+        sent = jnp.where(state["table"].active, there, 0)
+        count = gain.worth(gain.reaches(state["table"], levels), sent, self.widths.costs)
+        return Proposal(found.tokens, levels, there, count), state

@@ -86,10 +86,15 @@ def seen_after(seen: jax.Array | None, drafts: jax.Array) -> jax.Array | None:
     """bool[b,G+1,V]: tokens so far before each position, drafts i32[b,G] before it among them."""
     if seen is None:
         return None
-    vocab, rows = seen.shape[-1], [seen]
+    rows = [seen]
     for i in range(drafts.shape[1]):
-        rows.append(rows[-1] | (drafts[:, i, None] == jnp.arange(vocab)[None, :]))
+        rows.append(with_token(rows[-1], drafts[:, i]))
     return jnp.stack(rows, axis=1)
+
+
+def with_token(seen: jax.Array, token: jax.Array) -> jax.Array:
+    """bool[b,V] with token[b] marked."""
+    return seen | (token[:, None] == jnp.arange(seen.shape[-1])[None, :])
 
 
 @dataclass(frozen=True)

@@ -10,54 +10,61 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effc.runtime.engine import DONE, Engine, How
-from effc.runtime.generate import generate
-from effc.runtime.lookup import search
+from effc.backend.to_python import emit, load_program
+from effc.ir.core import Module
+from effc.ir.parser import parse
+from effc.passes.base import Notes
+from effc.passes.draft import Draft
+from effc.runtime.engine import Engine, How
+from effc.runtime.generate import Request, Result, Stats, _Run, generate
 from effc.runtime.program import Program
 from effc.runtime.sampling import Sampling
-
-LOOKUP = {"strategy": "speculative", "kind": "lookup", "gamma": 5, "forward": "forward"}
-EAGER = {**LOOKUP, "acceptance": (0.9,) * 9, "verify": (1.0,) * 6}
-"""Drafts whenever anything matches."""
+from tests.runtime.conftest import TINY, random_params
 
 PROMPTS = [[5, 9, 2, 33, 8, 1, 60, 5, 9], [7], [1, 2, 3, 4, 1, 2, 3], [3, 3, 3]]
 ALL = Sampling(temperature=0.8, top_k=20, top_p=0.95, min_p=0.01, repetition_penalty=1.2)
+KINDS = ("lookup", "head", "self", "model")
+EAGER = {"gamma": 3, "curve": (1.0,) * 4, "cost": 0.0, "acceptance": (0.99,) * 11}
+"""Drafts whenever it can."""
 
 
-def with_drafter(program: Program, params: Any, decode: dict[str, Any], eos: tuple[int, ...] = ()) -> Engine:
-    return Engine(replace(program, decode=decode), params, eos)
+def drafted(kind: str) -> Module:
+    """The tiny model with a drafter; `model` is a copy of itself, whose arrays are others."""
+    module = parse(TINY.read_text())
+    if kind == "model":
+        from effc.passes.draft_model import _alone, attached
+
+        whole = Draft(kind="lookup", gamma=3).run(module, Notes())
+        assert whole.decode is not None
+        attrs = {**whole.decode.attrs, "kind": "model", "drafter": parse_ref("draft")}
+        return replace(attached(module, _alone(module)), decode=replace(whole.decode, attrs=attrs))
+    return Draft(kind=kind, gamma=3, vocab=16, layers=1).run(module, Notes())  # type: ignore[arg-type]
+
+
+def parse_ref(name: str) -> Any:
+    from effc.ir.core import Ref
+
+    return Ref(name)
+
+
+def engine_with(kind: str, params: Any, **decode: Any) -> Engine:
+    program = load_program(emit(drafted(kind)))
+    own = {**random_params(program, seed=7), **params}
+    if "draft.ids" in own:
+        own["draft.ids"] = jnp.asarray(np.random.default_rng(0).permutation(64)[:16], jnp.int32)
+    return Engine(replace(program, decode={**program.decode, **EAGER, **decode}), own)
 
 
 @pytest.fixture(scope="module")
-def eager(program: Program, params: Any) -> Engine:
-    return with_drafter(program, params, EAGER)
+def engines(params: Any) -> dict[str, Engine]:
+    return {kind: engine_with(kind, params) for kind in KINDS}
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), ALL], ids=["greedy", "sampled"])
-def test_tokens_are_those_of_plain_decoding(engine: Engine, eager: Engine, sampling: Sampling) -> None:
-    plain = generate(engine, PROMPTS, max_new_tokens=40, sampling=sampling, seed=3)
-    drafted = generate(eager, PROMPTS, max_new_tokens=40, sampling=sampling, seed=3, chunk=7)
-    assert drafted.tokens == plain.tokens and drafted.finish == plain.finish
-    stats = drafted.stats.draft
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_tokens_are_those_of_plain_decoding(engine: Engine, engines: dict[str, Engine], kind: str) -> None:
+    plain = generate(engine, PROMPTS, max_new_tokens=40)
+    got = generate(engines[kind], PROMPTS, max_new_tokens=40, chunk=7)
+    assert got.tokens == plain.tokens and got.finish == plain.finish
+    stats = got.stats.draft
     assert stats and stats.emitted == sum(map(len, plain.tokens)) - 4 == stats.calls + stats.accepted
-    assert 0 < stats.accepted < stats.drafted
-
-
-def test_a_row_does_not_depend_on_the_others(eager: Engine) -> None:
-    batch = generate(eager, PROMPTS, max_new_tokens=20)
-    for row, prompt in enumerate(PROMPTS):
-        assert generate(eager, [prompt], max_new_tokens=20).tokens == [batch.tokens[row]]
-
-
-def test_stops_inside_a_draft(engine: Engine, eager: Engine) -> None:
-    free = generate(engine, PROMPTS[:1], max_new_tokens=40).tokens[0]
-    for stop in set(free[1:]):
-        want = generate(engine, PROMPTS, max_new_tokens=40, stop_ids=[stop])
-        got = generate(eager, PROMPTS, max_new_tokens=40, stop_ids=[stop])
-        assert got.tokens == want.tokens and got.finish == want.finish
-
-
-def test_the_last_position_of_the_context_is_used(engine: Engine, eager: Engine) -> None:
-    prompt = [1 + i % 6 for i in range(160)]
-    want = generate(engine, [prompt, [4]], max_new_tokens=40).tokens
-    assert generate(eager, [prompt, [4]], max_new_tokens=40).tokens == want
+    assert stats.drafted > stats.accepted

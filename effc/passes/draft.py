@@ -1,0 +1,128 @@
+"""Attach a drafter: speculative decoding whose tokens are distributed as the target's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from effc.ir.core import Attr, Decode, Module, Ref
+from effc.ir.types import Quant
+from effc.passes import draft_head, draft_model
+from effc.passes.base import Exactness, Notes, Pass, PassError, Phase, option
+from effc.passes.draft_parts import PREFIX, cut
+from effc.weights import Lazy, Store
+
+if TYPE_CHECKING:
+    from effc.passes.context import Context
+
+GAMMA: Mapping[str, int] = {"lookup": 7, "model": 4, "int4": 4, "self": 3, "head": 3}
+"""Drafts at most, where it is not measured what pays."""
+
+MINUTES = 12.0
+
+
+@dataclass(frozen=True)
+class Draft(Pass):
+    """Drafts several tokens and verifies them in one call: the distribution of what is generated stays as it is."""
+
+    name: ClassVar[str] = "draft"
+    phase: ClassVar[Phase] = Phase.DRAFT
+    exactness: ClassVar[Exactness] = Exactness.DISTRIBUTION_EXACT
+    writes: ClassVar[frozenset[str]] = frozenset({"*"})
+
+    kind: Literal["lookup", "model", "int4", "self", "head"] = option(
+        "lookup", "what drafts: n-grams of the text so far, another model, a 4-bit copy, first layers, a trained head"
+    )
+    gamma: int = option(0, "tokens drafted at most; 0 measures what pays, and drafts nothing where nothing does")
+    model: str = option("", "checkpoint or artifact of kind=model, of the same vocabulary")
+    layers: int = option(0, "layers of kind=self; 0 is a quarter of them")
+    vocab: int = option(8192, "tokens that kind=self and kind=head can draft, those used most; 0 is all")
+    force: bool = option(False, "draft even where it was measured not to pay")
+
+    def requires(self, module: Module) -> None:
+        if module.decode is None or module.decode.strategy != "greedy":
+            found = module.decode.strategy if module.decode else "none"
+            raise PassError(f"draft: decode is {found} already, want greedy")
+        if self.gamma < 0 or self.layers < 0 or self.vocab < 0:
+            raise PassError("draft: gamma, layers and vocab, want 0 or more")
+        if (self.kind == "model") != bool(self.model):
+            raise PassError("draft: kind=model and model=PATH go together")
+        if self.kind in ("int4", "self", "head"):
+            coded = [n for n, p in module.params.items() if isinstance(p.type.dtype, Quant)]
+            if coded:
+                raise PassError(f"draft: @{coded[0]} is quantized already, want a drafter attached before that")
+
+    def run(self, module: Module, notes: Notes) -> Module:
+        attrs: dict[str, Attr | Ref] = {"forward": Ref(module.forward().name), "kind": self._loop()}
+        if self.kind == "head":
+            module, more = draft_head.head_attached(self.name, module, self._vocab(module)), {"verify": Ref("verify")}
+        elif self.kind == "self":
+            layers = self.layers or max(1, int(str(cut(self.name, module).loop.attrs["times"])) // 4)
+            module, more = draft_head.part_attached(self.name, module, layers, self._vocab(module)), {"shared": True}
+        elif self.kind == "lookup":
+            more = {}
+        else:
+            module, more = draft_model.attached(module, self._other(module, notes)[0]), {}
+        attrs |= {} if self.kind == "lookup" else {"drafter": Ref(PREFIX)}
+        attrs |= more | {"gamma": self.gamma or GAMMA[self.kind]}
+        if draft_head.IDS in module.params:
+            attrs["vocab"] = Ref(draft_head.IDS)
+        return replace(module, decode=Decode("speculative", attrs))
+
+    def made(self, before: Module, after: Module, store: Store) -> list[Lazy]:
+        if self.kind in ("head", "self"):
+            return draft_head.arrays(before, after, store, self.name)
+        if self.kind in ("model", "int4"):
+            module, arrays = self._other(before, Notes(), store)
+            return draft_model.arrays(module, after, arrays)
+        return []
+
+    def training_minutes(self) -> float:
+        return MINUTES if self.kind in ("head", "self") else 0.0
+
+    def train(self, module: Module, store: Store, context: Context) -> Store:
+        """Which tokens it can draft is found out first, then its arrays are fitted."""
+        from effc.passes import draft_train  # optax, for who trains
+
+        model = context.model(module, store)
+        lesson, ids = draft_train.read(model, context, self.kind == "head"), None
+        if draft_head.IDS in module.params:
+            count = int(str(module.params[draft_head.IDS].type.shape[0]))
+            ids = draft_train.frequent(lesson, count, cut(self.name, module).vocab)
+            store = draft_head.with_ids(self.name, module, store, ids)
+            model = context.model(module, store)
+        return model.store(draft_train.fit(model, lesson, ids, context), store)
+
+    def calibrates(self) -> bool:
+        return True
+
+    def calibrate(self, module: Module, store: Store, context: Context, notes: Notes) -> Module:
+        from effc.passes import draft_plan  # it runs the model: only where that is asked for
+
+        if self.kind == "model":
+            draft_model.check_tokens(context.tokenizer, Path(self.model), cut_vocab(module))
+        return draft_plan.planned(self, module, store, context, notes)
+
+    def _loop(self) -> str:
+        return "model" if self.kind == "int4" else self.kind
+
+    def _vocab(self, module: Module) -> int:
+        """Tokens a reduced head is of; 0 where it would save little."""
+        return self.vocab if 2 * self.vocab <= cut(self.name, module).vocab else 0
+
+    def _other(self, module: Module, notes: Notes, store: Store | None = None) -> tuple[Module, Store]:
+        if self.kind == "int4":
+            return draft_model.int4(module, store)
+        return draft_model.opened(Path(self.model))
+
+
+def cut_vocab(module: Module) -> int:
+    """Size of the last axis of the logits."""
+    size = module.forward().result_types()[0].shape[-1]
+    assert isinstance(size, int)
+    return size
+
+
+__all__ = ["Draft"]

@@ -1,0 +1,201 @@
+"""Drafters that share the target's layers or read what it makes: a head on its features, its first layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from effc.ir.core import Func, Module, Op, Param, Ref, Value, walk
+from effc.ir.rewrite import Names, copy_ops, names_of, substitute
+from effc.ir.types import NUMPY, Type
+from effc.passes.base import PassError
+from effc.passes.draft_parts import PREFIX, Cut, cut, layer_of, lazily, made, narrowed, with_params
+from effc.weights import Lazy, Store
+
+VERIFY = "verify"
+IDS, FC, EXIT = f"{PREFIX}.ids", f"{PREFIX}.fc", f"{PREFIX}.exit"
+READS_FEATURES, READS_TOKENS = f"{PREFIX}.features.scale", f"{PREFIX}.tokens.scale"
+
+
+def head_attached(name: str, module: Module, vocab: int) -> Module:
+    """With @draft, one layer like the target's last over its features and the next tokens, and @verify."""
+    parts = cut(name, module)
+    func, params = _head(name, module, parts, vocab)
+    _, new, _ = _tail(module, parts, vocab)
+    verify = replace(parts.func, name=VERIFY, results=(*parts.func.results, parts.hidden.name))
+    params = {**module.params, **params, **new}
+    return replace(module, params=params, funcs={**module.funcs, VERIFY: verify, PREFIX: func})
+
+
+def part_attached(name: str, module: Module, layers: int, vocab: int) -> Module:
+    """With @draft, the first layers and a way out of them."""
+    parts = cut(name, module)
+    times = parts.loop.attrs["times"]
+    if not isinstance(times, int) or not 0 < layers < times:
+        raise PassError(f"{name}: layers={layers}, want 1 to {int(str(times)) - 1}: fewer than the model has")
+    names, hidden = names_of(parts.func), parts.hidden
+    loop = replace(parts.loop, attrs={**parts.loop.attrs, "times": layers})
+    turned = Value(names.fresh("turned"), hidden.type)
+    left = Value(names.fresh("left"), hidden.type)
+    way = [
+        Op("linear", (hidden.name,), (turned,), {"w": EXIT}),
+        Op("lax.add", (hidden.name, turned.name), (left,)),
+    ]
+    tail, new, _ = _tail(module, parts, vocab)
+    after = substitute(Func("", (), tail, parts.func.results), {hidden.name: left.name}).ops
+    func = Func(PREFIX, parts.func.inputs, (*parts.before, loop, *way, *after), parts.func.results)
+    exit_ = Param(EXIT, Type(str(hidden.type.dtype), (parts.width, parts.width)), path="draft: the way out")
+    return replace(module, params={**module.params, EXIT: exit_, **new}, funcs={**module.funcs, PREFIX: func})
+
+
+def _head(name: str, module: Module, parts: Cut, vocab: int) -> tuple[Func, dict[str, Param]]:
+    (tokens,), target = parts.func.inputs, parts.loop.attrs["block"]
+    assert isinstance(target, Ref)
+    block, hidden, names = module.funcs[target.name], parts.hidden, names_of(parts.func)
+    if any(isinstance(value, Ref) for op in walk(block) for value in op.attrs.values()):
+        raise PassError(f"{name}: @{block.name} runs other functions, want plain layers for kind=head")
+    params, width, dtype = _layer_params(module, block), parts.width, hidden.type.dtype
+    scale = Type(dtype, (width,))
+    params |= {
+        FC: Param(FC, Type(dtype, (2 * width, width)), path="draft: features and tokens to the layer"),
+        READS_FEATURES: Param(READS_FEATURES, scale, path="draft: norm of features"),
+        READS_TOKENS: Param(READS_TOKENS, scale, path="draft: norm of tokens"),
+    }
+    features = Value(names.fresh("features"), hidden.type)
+    first, *rest = parts.loop.inputs
+    begin, x = _joined(names, features, first, hidden.type, _eps(parts))
+    body, (y,) = copy_ops(block, [x, *rest], names)
+    body = with_params(body, {old: f"{PREFIX}.{old}" for old in _stacked(module, block)})
+    tail, _, _ = _tail(module, parts, vocab)
+    after = substitute(Func("", (), tail, parts.func.results), {hidden.name: y}).ops
+    ops = (*parts.before, *begin, *body, *after)
+    return Func(PREFIX, (tokens, features), ops, (*parts.func.results, y)), params
+
+
+def _joined(names: Names, features: Value, tokens: str, type_: Type, eps: float) -> tuple[list[Op], str]:
+    """Features and embedded tokens, each normed, as one [b,t,d]."""
+    wide = Type(type_.dtype, (*type_.shape[:-1], type_.shape[-1] * 2))
+    a, b = Value(names.fresh("f"), type_), Value(names.fresh("e"), type_)
+    both, x = Value(names.fresh("both"), wide), Value(names.fresh("joined"), type_)
+    attrs = {"kind": "rms", "eps": eps}
+    ops = [
+        Op("norm", (features.name,), (a,), {"scale": READS_FEATURES}, attrs),
+        Op("norm", (tokens,), (b,), {"scale": READS_TOKENS}, attrs),
+        Op("lax.concatenate", (a.name, b.name), (both,), {}, {"dimension": 2}),
+        Op("linear", (both.name,), (x,), {"w": FC}),
+    ]
+    return ops, x.name
+
+
+def _tail(module: Module, parts: Cut, vocab: int) -> tuple[tuple[Op, ...], dict[str, Param], dict[str, str]]:
+    """What makes logits, with arrays of its own where they are trained; those, and what each began as."""
+    ops = parts.after
+    small = [n for op in ops for n in op.params.values() if len(module.params[n].type.shape) == 1]
+    head = [*parts.head.params.values()] if vocab else []
+    own = dict.fromkeys(n for n in small if n not in head)
+    new = {f"{PREFIX}.{n}": replace(module.params[n], name=f"{PREFIX}.{n}") for n in own}
+    names = {n: f"{PREFIX}.{n}" for n in own}
+    if vocab:
+        new |= {_head_name(n): _rows(module.params[n], parts, vocab) for n in head}
+        new[IDS] = Param(IDS, Type("i32", (vocab,)), path="draft: the target's number of each token")
+        tail = narrowed(ops, parts.head, vocab)
+        return _with_head(with_params(tail, names), parts.head), new, names
+    return with_params(ops, names), new, names
+
+
+def _with_head(ops: Sequence[Op], head: Op) -> tuple[Op, ...]:
+    """The head among these reads its own rows."""
+    mine = {role: _head_name(n) for role, n in head.params.items()}
+    return tuple(replace(op, params=mine) if op.inputs == head.inputs and op.kind == "linear" else op for op in ops)
+
+
+def _head_name(name: str) -> str:
+    return f"{PREFIX}.head.{name}"
+
+
+def _rows(param: Param, parts: Cut, vocab: int) -> Param:
+    """The head's matrix or bias for fewer tokens, plain floats."""
+    axis, shape = _vocab_axis(param, parts), list(param.type.shape)
+    shape[axis] = vocab
+    dtype = param.type.dtype if isinstance(param.type.dtype, str) else "f32"
+    return Param(_head_name(param.name), Type(dtype, tuple(shape)), path=f"draft: rows of {param.name}")
+
+
+def _vocab_axis(param: Param, parts: Cut) -> int:
+    return 0 if len(param.type.shape) == 1 or parts.head.attrs.get("layout", "kn") == "nk" else 1
+
+
+def _eps(parts: Cut) -> float:
+    found = [op.attrs["eps"] for op in parts.after if op.kind == "norm"]
+    return float(str(found[0])) if found else 1e-5
+
+
+def _stacked(module: Module, block: Func) -> list[str]:
+    names = dict.fromkeys(n for op in walk(block) for n in op.params.values())
+    return [n for n in names if module.params[n].stack]
+
+
+def _layer_params(module: Module, block: Func) -> dict[str, Param]:
+    """One array of each stack of the layer."""
+    stacked = [module.params[n] for n in _stacked(module, block)]
+    path = "draft: begun as the last layer's"
+    return {f"{PREFIX}.{p.name}": Param(f"{PREFIX}.{p.name}", p.type, path=path) for p in stacked}
+
+
+# ---- arrays to begin with
+
+
+def arrays(before: Module, after: Module, store: Store, name: str) -> list[Lazy]:
+    """Copies of the target's arrays, and beginnings of what it has not."""
+    parts, new = cut(name, before), [p for n, p in after.params.items() if n not in before.params]
+    return [_array(param, before, parts, store) for param in new]
+
+
+def _array(param: Param, before: Module, parts: Cut, store: Store) -> Lazy:
+    shape = tuple(int(str(size)) for size in param.type.shape)
+    fresh: Mapping[str, Any] = {
+        IDS: lambda: {"": np.arange(shape[0], dtype=np.int32)},
+        FC: lambda: {"": _beside(shape).astype(_dtype(param))},
+        EXIT: lambda: {"": np.zeros(shape, _dtype(param))},
+        READS_FEATURES: lambda: {"": np.ones(shape, _dtype(param))},
+        READS_TOKENS: lambda: {"": np.ones(shape, _dtype(param))},
+    }
+    if param.name in fresh:
+        return made(param, fresh[param.name])
+    origin = param.name.removeprefix(f"{PREFIX}.")
+    if origin in before.params:
+        old = before.params[origin]
+        return layer_of(param, store[origin], old.stack - 1) if old.stack else lazily(param, store[origin])
+    return made(
+        param, lambda: rows_of(param, before, parts, store, np.arange(shape[0] if len(shape) == 1 else max(shape)))
+    )
+
+
+def rows_of(param: Param, before: Module, parts: Cut, store: Store, ids: np.ndarray) -> Mapping[str, np.ndarray]:
+    """What the target's head has for the tokens `ids`."""
+    origin = before.params[param.name.removeprefix(f"{PREFIX}.head.")]
+    axis = _vocab_axis(origin, parts)
+    count = int(str(param.type.shape[axis]))
+    whole = store[origin.name].read(0)[""]
+    return {"": np.ascontiguousarray(np.take(whole, ids[:count], axis)).astype(_dtype(param))}
+
+
+def _beside(shape: tuple[int, ...]) -> np.ndarray:
+    """f32[2d,d]: the mean of both, and a little noise to tell channels apart."""
+    noise = np.random.default_rng(0).standard_normal(shape, np.float32) * 0.02
+    return np.concatenate([np.eye(shape[1], dtype=np.float32)] * 2) / 2 + noise
+
+
+def _dtype(param: Param) -> np.dtype:
+    return np.dtype(NUMPY[str(param.type.dtype)])
+
+
+def with_ids(name: str, module: Module, store: Store, ids: np.ndarray) -> Store:
+    """The store for a drafter of these tokens: their numbers, and the target's rows for them."""
+    parts = cut(name, module)
+    rows = [p for n, p in module.params.items() if n.startswith(f"{PREFIX}.head.")]
+    fresh = [made(p, lambda p=p: rows_of(p, module, parts, store, ids)) for p in rows]
+    return store.replace([made(module.params[IDS], lambda: {"": ids}), *fresh], module)

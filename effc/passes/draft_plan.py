@@ -1,0 +1,206 @@
+"""The planner: what drafts cost and how often they are right, measured; what to draft, or that nothing pays.
+
+Costs are in plain steps, T(1). A round that sends n drafts costs T(n+1)/T(1), and what making them takes;
+it emits one token more than are accepted. The prediction is for the calibration prompts, greedy, a row alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effc.backend.to_python import emit, load_program
+from effc.ir.core import Attr, Decode, Module, Ref
+from effc.ir.printer import dump
+from effc.passes.base import Notes
+from effc.runtime.chain import Chain
+from effc.runtime.engine import Engine
+from effc.runtime.generate import Drafted, generate
+from effc.runtime.weights import load_params
+from effc.weights import Store, write_safetensors
+
+if TYPE_CHECKING:
+    from effc.passes.context import Context
+    from effc.passes.draft import Draft
+
+PROMPTS, READ, NEW = 4, 64, 64
+"""Calibration prompts, their tokens, and how many follow each."""
+
+RUNS = 7
+"""Timings of a call, in turn with the others; the median counts."""
+
+WORTH = 1.02
+"""Predicted speed-up below which drafting is declined: less is lost in what is not measured."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """In plain steps: curve[n] a call that verifies n drafts, draft one draft token; step in seconds."""
+
+    curve: tuple[float, ...]
+    draft: float
+    step: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """gamma drafts at most, and how much faster that should be; 1 where plain decoding is best."""
+
+    gamma: int
+    speedup: float
+
+
+def planned(made_by: Draft, module: Module, store: Store, context: Context, notes: Notes) -> Module:
+    """The module with costs, acceptance, gamma and the prediction in `decode`; gamma=0 where nothing pays."""
+    assert module.decode is not None
+    most = made_by.gamma or int(str(module.decode.attrs["gamma"]))
+    with tempfile.TemporaryDirectory(prefix="effc-") as folder:
+        file = Path(folder) / "model.safetensors"
+        write_safetensors(file, module, store)
+        told = _with(module, {"gamma": most, "acceptance": _eager(module)})
+        program = load_program(emit(told))
+        engine = Engine(program, load_params(file, program.params))
+        costs = measure(engine, most)
+        levels, drafted = accepted(engine, costs, context, most)
+        found = forecast(drafted, costs, [made_by.gamma] if made_by.gamma else range(1, most + 1))
+        _say(costs, drafted, found, notes)
+        attrs: dict[str, Attr | Ref] = {
+            "gamma": found.gamma, "curve": tuple(round(c, 3) for c in costs.curve), "cost": round(costs.draft, 4),
+            "acceptance": levels, "predicted": round(found.speedup, 3),
+        }  # fmt: skip
+        if found.speedup < WORTH and not made_by.force:
+            notes.chose(f"declined: x{found.speedup:.2f} predicted, want x{WORTH:g} (force=true drafts all the same)")
+            attrs |= {"gamma": 0}
+        else:
+            attrs |= {"measured": round(measured(program, engine, attrs, context), 3)}
+            notes.chose(f"measured on the same prompts: x{attrs['measured']}, predicted x{found.speedup:.2f}")
+    return _with(module, {**attrs, "of": fingerprint(module)})
+
+
+def measure(engine: Engine, most: int) -> Costs:
+    """Times calls on 1 to most+1 tokens in turn, and of a draft token where a function makes it."""
+    assert engine.speculation is not None
+    calls = {size: _timed(engine, engine.speculation.verify, size, ()) for size in _sizes(most)}
+    drafter = engine.speculation.drafter
+    if isinstance(drafter, Chain):
+        operands = _operands(engine) if drafter.features else ()
+        calls[0] = _timed(engine, drafter.entry, 1, operands, drafter.shared)
+    times = {size: list[float]() for size in calls}
+    for _ in range(RUNS):
+        for size, call in calls.items():
+            times[size].append(call())
+    medians = {size: statistics.median(seconds) for size, seconds in times.items()}
+    step = medians[1]
+    known = sorted(size for size in medians if size)
+    curve = np.interp(np.arange(1, most + 2), known, [medians[size] / step for size in known])
+    return Costs(tuple(float(c) for c in np.maximum.accumulate(curve)), medians.get(0, 0.0) / step, step)
+
+
+def _sizes(most: int) -> list[int]:
+    """Call sizes that are timed; between them costs are taken to lie on lines."""
+    return sorted({1, 2, (most + 1) // 2 + 1, most + 1})
+
+
+def _operands(engine: Engine) -> tuple[Any, ...]:
+    """Features of one token, for a head."""
+    assert engine.speculation is not None
+    shapes = jax.eval_shape(engine.speculation.verify, engine.params, jnp.zeros((1, 1), jnp.int32))
+    return (jnp.zeros(shapes[1].shape, shapes[1].dtype),)
+
+
+def _timed(
+    engine: Engine, call: Callable[..., Any], size: int, operands: Sequence[Any], shared: int = 0
+) -> Callable[[], float]:
+    """Seconds of one compiled call on `size` tokens after a prompt's worth; it also takes the likeliest token."""
+    tokens = jnp.ones((1, size), jnp.int32)
+    shapes = jax.eval_shape(call, engine.params, tokens[:, :1], *operands)[-1]
+    zeros = jax.tree.map(lambda x: jnp.zeros((x.shape[0], 256, *x.shape[2:]), x.dtype), shapes.entries)
+    cache = replace(shapes, lengths=jnp.full(1, READ, jnp.int32), entries=zeros)
+
+    def step(params: Any, cache: Any, *args: Any) -> tuple[Any, Any]:
+        logits, *_, after = call(params, *args, cache)
+        return jnp.argmax(logits, axis=-1), replace(after, lengths=cache.lengths)
+
+    ready = jax.jit(step, donate_argnums=1).lower(engine.params, cache, tokens, *operands).compile()
+    held = [cache]
+
+    def run() -> float:
+        start = time.perf_counter()
+        token, held[0] = ready(engine.params, held[0], tokens, *operands)
+        token.block_until_ready()
+        return time.perf_counter() - start
+
+    run()
+    return run
+
+
+def accepted(engine: Engine, costs: Costs, context: Context, most: int) -> tuple[tuple[float, ...], Drafted]:
+    """How often drafts of each level were right, and what drafts of full length came to, on calibration prompts."""
+    prompts = context.prompts(PROMPTS, READ).tolist()
+    result = generate(engine, prompts, max_new_tokens=NEW, stop_ids=())
+    assert result.stats.draft is not None and result.stats.levels is not None
+    return result.stats.levels, result.stats.draft
+
+
+def forecast(drafted: Drafted, costs: Costs, gammas: Sequence[int] | range) -> Forecast:
+    """The gamma that promises most: of drafts that reached a position the share accepted there, multiplied up."""
+    best = Forecast(max(gammas), 0.0)
+    reach, tokens = 1.0, 1.0
+    for n, (tried, right) in enumerate(zip(drafted.drafted_at, drafted.accepted_at, strict=True), 1):
+        before = drafted.accepted_at[n - 2] if n > 1 else tried
+        reach *= right / before if before else 0.0
+        tokens += reach
+        speedup = tokens / (costs.curve[n] + n * costs.draft)
+        if n in gammas and speedup > best.speedup:
+            best = Forecast(n, speedup)
+    return best
+
+
+def measured(program: Any, engine: Engine, attrs: dict[str, Attr | Ref], context: Context) -> float:
+    """Tokens a second with the drafter over those without, in turn on the same prompts, one at a time."""
+    plain = Engine(replace(program, decode={}), engine.params)
+    drafts = Engine(replace(program, decode={**program.decode, **attrs}), engine.params)
+    prompts, ratios = context.prompts(PROMPTS, READ).tolist(), list[float]()
+    for prompt in [prompts[0], *prompts]:
+        rates = [generate(e, [prompt], max_new_tokens=NEW, stop_ids=()).stats.decode_rate for e in (plain, drafts)]
+        ratios.append(rates[1] / rates[0])
+    return statistics.median(ratios[1:])
+
+
+def fingerprint(module: Module) -> str:
+    """Of all that the numbers were measured on but the arrays: structure, dtypes, the drafter."""
+    bare = replace(module, decode=None, meta={})
+    return hashlib.sha256(dump(bare).encode()).hexdigest()[:16]
+
+
+def _eager(module: Module) -> tuple[float, ...]:
+    """Chances with which every draft is sent in full: to see how often each level is right."""
+    return (0.999,) * (9 if module.decode and module.decode.attrs["kind"] == "lookup" else 11)
+
+
+def _with(module: Module, attrs: dict[str, Attr | Ref]) -> Module:
+    assert module.decode is not None
+    return replace(module, decode=Decode("speculative", {**module.decode.attrs, **attrs}))
+
+
+def _say(costs: Costs, drafted: Drafted, found: Forecast, notes: Notes) -> None:
+    shown = ", ".join(f"{c:.2f}" for c in costs.curve)
+    notes.chose(f"T(k)/T(1), k = 1 to {len(costs.curve)}: {shown}; T(1) {1e3 * costs.step:.2f} ms")
+    if costs.draft:
+        notes.chose(f"a draft token costs {costs.draft:.3f} plain steps")
+    by = ", ".join(f"{share:.2f}" for share in drafted.by_position)
+    notes.chose(f"accepted by position: {by}; {drafted.tokens_per_call:.2f} tokens a call")
+    notes.chose(f"gamma={found.gamma}: x{found.speedup:.2f} predicted")
+
+
+__all__ = ["Costs", "Forecast", "forecast", "measure", "planned"]

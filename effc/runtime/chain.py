@@ -1,0 +1,228 @@
+"""Drafts made one token after another by a model beside the target, or by a part of it.
+
+Three sorts share this loop. A model reads tokens alone. A head reads, with each token, what the target
+made of the one before (its features), and goes on from features of its own. A part of the target reads
+and writes the target's own cache, which verification then writes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from effc.runtime import speculate
+from effc.runtime.cache import Cache, empty_cache
+from effc.runtime.drafting import Choice, Proposal, State, Widths, position_keys
+from effc.runtime.sampling import Numbers
+
+BOUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+"""The level of a draft token is how many of these the greatest probability reaches."""
+
+PRIOR = (0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.65, 0.7, 0.8, 0.85, 0.9)
+"""How often a token of each level is right, before anything was measured."""
+
+PROMPT = 64
+"""Tokens of a prompt read at a time."""
+
+Own = dict[str, Any]
+"""cache; sure i32[b], rows of it that hold what was really said; logits f32[b,V']; feature [b,d] of a head."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """entry(params, tokens, [features,] cache, valid) -> (logits, [features,] cache).
+
+    ids: name of the parameter with the target's number of each of its tokens, if it has fewer;
+    shared: how many cache entries are the target's own; features: whether it is a head.
+    """
+
+    entry: Callable[..., Any]
+    widths: Widths
+    floor: float
+    context: int | None = None
+    ids: str = ""
+    shared: int = 0
+    features: bool = False
+    draws = True
+
+    @property
+    def reads(self) -> int:
+        """Tokens that one call reads between rounds."""
+        return 1 if self.shared else self.widths.most + 1 if self.features else 2
+
+    def begin(self, params: Any, rows: int, room: int, features: jax.Array | None) -> Own:
+        """Nothing read yet; features [b,n,d] only tell their width and dtype."""
+        operands = [] if features is None else [features[:, :1]]
+        shapes = jax.eval_shape(self.entry, params, jnp.zeros((rows, 1), jnp.int32), *operands)
+        own: Own = {
+            "cache": empty_cache(shapes[-1], room) if not self.shared else Cache(jnp.zeros(rows, jnp.int32), ()),
+            "sure": jnp.zeros(rows, jnp.int32),
+            "logits": jnp.zeros((rows, shapes[0].shape[-1]), shapes[0].dtype),
+        }
+        return own | ({"feature": jnp.zeros_like(features[:, 0])} if features is not None else {})
+
+    def propose(
+        self, params: Any, state: State, numbers: Numbers, choice: Choice, first: bool = False
+    ) -> tuple[Proposal, State]:
+        """Reads what is new, then drafts while the chance that all is right stays worth it."""
+        rows = ~state["done"] & (state["left"] > 1) & state["table"].active
+        size = PROMPT if first else self.reads
+        if self.context is not None:  # padding must not run past a table of positions
+            rows &= state["cache"].lengths + 1 + max(size, self.widths.most) <= self.context
+        own = self._read(params, self._opened(state), state, rows, size)
+        own["sure"] = own["cache"].lengths
+        draft = _Draft(self, params, state, numbers, choice)
+        proposal, own = draft.run(own, rows)
+        return proposal, self._closed(state, own)
+
+    def _opened(self, state: State) -> Own:
+        """With the cache cut to what was really said; a part of the target takes the target's."""
+        own, lengths = dict(state["own"]), state["cache"].lengths
+        if self.shared:
+            own["cache"] = Cache(lengths, state["cache"].entries[: self.shared])
+        else:
+            own["cache"] = speculate.rolled_back(own["cache"], jnp.minimum(own["sure"], lengths))
+        return own
+
+    def _closed(self, state: State, own: Own) -> State:
+        """Drafts that a model read stay read as far as they are accepted; a head reads them again."""
+        cache = own["cache"]
+        assert isinstance(cache, Cache)
+        if self.shared:
+            target = Cache(state["cache"].lengths, (*cache.entries, *state["cache"].entries[self.shared :]))
+            return {**state, "cache": target, "own": {**own, "cache": Cache(cache.lengths, ())}}
+        return {**state, "own": own if self.features else {**own, "sure": cache.lengths}}
+
+    def _read(self, params: Any, own: Own, state: State, rows: jax.Array, size: int) -> Own:
+        """Tokens that are known and not yet read, `size` at a time: mostly once."""
+        skip = int(self.features)  # a head reads token i+1 with the features of token i
+        goal = state["cache"].lengths + 1 - skip
+
+        def lag(own: Own) -> jax.Array:
+            return jnp.where(rows, goal - own["cache"].lengths, 0)
+
+        def read(own: Own) -> Own:
+            at = own["cache"].lengths
+            tokens = jnp.maximum(_rows(state["history"], at + skip, size), 0)
+            operands = [_rows(state["features"], at, size)] if self.features else []
+            valid = jnp.clip(lag(own), 0, size)
+            return self._grown(own, self.entry(params, tokens, *operands, own["cache"], valid), valid > 0)
+
+        return lax.while_loop(lambda own: jnp.any(lag(own) > 0), read, own)
+
+    def step(self, params: Any, own: Own, token: jax.Array) -> Own:
+        """After one draft token more."""
+        operands = [own["feature"][:, None]] if self.features else []
+        every = jnp.ones(token.shape, bool)
+        return self._grown(own, self.entry(params, token[:, None], *operands, own["cache"]), every)
+
+    def _grown(self, own: Own, results: tuple[Any, ...], rows: jax.Array) -> Own:
+        """With the last row of each result, for `rows`."""
+        logits, *others, cache = results
+        new: Own = {**own, "cache": cache, "logits": jnp.where(rows[:, None], logits[:, -1], own["logits"])}
+        if self.features:
+            new["feature"] = jnp.where(rows[:, None], others[0][:, -1], own["feature"])
+        return new
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """One draft under way. Whether token i is drafted depends on what comes before it alone, never on itself:
+    else tokens kept would not be drawn from q."""
+
+    chain: Chain
+    params: Any
+    state: State
+    numbers: Numbers
+    choice: Choice
+
+    def run(self, own: Own, rows: jax.Array) -> tuple[Proposal, Own]:
+        most, b = self.chain.widths.most, rows.shape[0]
+        nothing = jnp.zeros((b, most), jnp.int32)
+        q = None if self.choice.greedy else jnp.zeros_like(self.state["proposal"].q)
+        carry = {
+            "i": jnp.int32(0), "own": own, "reach": jnp.ones(b), "on": rows, "seen": self.state["seen"],
+            "proposal": Proposal(nothing, nothing, jnp.where(rows, 1, 0), nothing[:, 0], q),
+        }  # fmt: skip
+        carry = self._drawn(carry)
+
+        def going(carry: dict[str, Any]) -> jax.Array:
+            return (carry["i"] < most) & jnp.any(carry["on"])
+
+        def turn(carry: dict[str, Any]) -> dict[str, Any]:
+            last = lax.dynamic_index_in_dim(carry["proposal"].tokens, carry["i"] - 1, 1, keepdims=False)
+            own = self.chain.step(self.params, carry["own"], last)
+            # Rows that have stopped keep their cache's length, whatever was written past it.
+            lengths = jnp.where(carry["on"], own["cache"].lengths, carry["own"]["cache"].lengths)
+            own["cache"] = speculate.rolled_back(own["cache"], lengths)
+            return self._drawn({**carry, "own": own})
+
+        carry = lax.while_loop(going, turn, carry)
+        return carry["proposal"], carry["own"]
+
+    def _drawn(self, carry: dict[str, Any]) -> dict[str, Any]:
+        """With token i, of rows for which it is worth drafting."""
+        i, proposal = carry["i"], carry["proposal"]
+        logits = carry["own"]["logits"].astype(jnp.float32)
+        level = _level(logits)
+        chance = jnp.take_along_axis(self.state["table"].chances, level[:, None], axis=1)[:, 0]
+        reach = carry["reach"] * chance
+        on = carry["on"] & (reach >= self.chain.floor)
+        token, q, seen = self._token(logits, carry)
+        proposal = Proposal(
+            _put(proposal.tokens, token, i), _put(proposal.levels, level, i),
+            jnp.maximum(proposal.there, jnp.where(on, i + 1, 0)), proposal.count + on,
+            None if q is None or proposal.q is None else _put(proposal.q, q, i),
+        )  # fmt: skip
+        return {**carry, "i": i + 1, "reach": reach, "on": on, "proposal": proposal, "seen": seen}
+
+    def _token(self, logits: jax.Array, carry: dict[str, Any]) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """The token, the q it was drawn from, and the tokens seen with it."""
+        seen = carry["seen"]
+        if self.choice.greedy and seen is None:
+            best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            return (self._ids()[best] if self.chain.ids else best), None, None
+        whole = speculate.penalized(self._whole(logits), seen, self.numbers)
+        if self.choice.greedy:
+            token, q = jnp.argmax(whole, axis=-1).astype(jnp.int32), None
+        else:
+            q = speculate.probabilities(whole, self.numbers, self.choice.filters)
+            first = self.state["cache"].lengths + 1 + carry["i"]
+            keys = position_keys(self.state, first, 1)[:, 0]
+            draw = jax.vmap(lambda key: jax.random.fold_in(key, 3))(keys)
+            token = jax.vmap(jax.random.categorical)(draw, jnp.log(q)).astype(jnp.int32)
+        return token, q, None if seen is None else speculate.with_token(seen, token)
+
+    def _ids(self) -> jax.Array:
+        return self.params[self.chain.ids]
+
+    def _whole(self, logits: jax.Array) -> jax.Array:
+        """Over the target's vocabulary: what the drafter has no token for is never drafted."""
+        vocab = self.state["vocab"].shape[0]
+        if self.chain.ids:
+            nothing = jnp.full((logits.shape[0], vocab), -jnp.inf)
+            return nothing.at[:, self._ids()].set(logits)
+        short = max(0, vocab - logits.shape[-1])
+        return jnp.pad(logits[:, :vocab], ((0, 0), (0, short)), constant_values=-jnp.inf)
+
+
+def _level(logits: jax.Array) -> jax.Array:
+    """i32[b]: how sure the drafter is."""
+    best = 1 / jnp.exp(logits - logits.max(axis=-1, keepdims=True)).sum(axis=-1)
+    return sum(((best >= bound).astype(jnp.int32) for bound in BOUNDS), jnp.zeros(best.shape, jnp.int32))
+
+
+def _put(x: jax.Array, column: jax.Array, i: jax.Array) -> jax.Array:
+    """x[b,G,...] with column[b,...] at i."""
+    return lax.dynamic_update_index_in_dim(x, column.astype(x.dtype), i, 1)
+
+
+def _rows(x: jax.Array, at: jax.Array, size: int) -> jax.Array:
+    """x[b,at[b]:at[b]+size,...]; x is long enough, with zeros past what is known."""
+    rest = x.shape[2:]
+    return jax.vmap(lambda row, i: lax.dynamic_slice(row, (i, *(0,) * len(rest)), (size, *rest)))(x, at)
