@@ -39,13 +39,35 @@ SHRUNK = (1.0, 0.92, 0.85, 0.78, 0.7)
 def quantize(array: Array, quant: Quant, method: Method, where: str, importance: Array | None = None) -> Arrays:
     """Codes, scales and zeros of `array` as they are stored; EffcError for what cannot be coded."""
     x = checked(array, where)
+    return stored(*_coded(x, quant, method, importance), quant, x.shape, where)
+
+
+def rounded(x: Array, quant: Quant, method: Method, importance: Array | None = None) -> Array:
+    """What the codes of x[K,N] stand for, f32; quant.axis is -2."""
+    codes, scales, zeros = code(x, quant, method, importance)
+    return spread(codes, scales, zeros, quant.group)
+
+
+def code(x: Array, quant: Quant, method: Method, importance: Array | None = None) -> tuple[Array, Array, Array]:
+    """Codes [K,N], scales and zeros [groups,1,N] of x[K,N]; quant.axis is -2."""
+    codes, scales, zeros = _coded(x, quant, method, importance)
+    return codes[: len(x)], scales, zeros
+
+
+def spread(codes: Array, scales: Array, zeros: Array, group: int) -> Array:
+    """f32 values of codes [K,N], scales and zeros [groups,1,N]."""
+    each = group or len(codes)
+    scale, zero = (np.repeat(values[:, 0], each, 0)[: len(codes)] for values in (scales, zeros))
+    return (codes - zero) * scale
+
+
+def _coded(x: Array, quant: Quant, method: Method, importance: Array | None) -> tuple[Array, Array, Array]:
+    """Codes, filled up to whole groups; scales and zeros [groups,1,the rest]."""
     grouped = _grouped(x, quant)
     codes = np.empty(_whole(x.shape, quant), np.int8)
     coded = _grouped(codes, quant)  # a view: what is written there is in `codes`
     scales = np.empty((grouped.shape[0], 1, grouped.shape[2]), np.float32)
-    zeros = np.zeros_like(scales)
-
-    weight = _weights(importance, grouped.shape)
+    zeros, weight = np.zeros_like(scales), _weights(importance, grouped.shape)
 
     def work(block: Block) -> None:
         here = np.ascontiguousarray(grouped[block], np.float32)
@@ -54,7 +76,7 @@ def quantize(array: Array, quant: Quant, method: Method, where: str, importance:
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(work, _blocks(grouped.shape)))
-    return stored(codes, scales, zeros, quant, x.shape, where)
+    return codes, scales, zeros
 
 
 def checked(array: Array, where: str) -> Array:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from effc.errors import nearest
-from effc.ir.core import Func, Module, Op, Param, param_uses
+from effc.ir.core import Func, Module, Op, Param, Ref, param_uses
 from effc.ir.ops import ELEMENTWISE
 from effc.ir.types import Quant, Type
 from effc.passes.base import Notes, PassError
+from effc.passes.quant.rules import Rule, check_used, first
 from effc.passes.quantizer import Method, quantize
 from effc.weights import Arrays, Lazy, Store, nbytes
 
@@ -33,6 +34,7 @@ class Rules:
     head: int
     only: str
     skip: str
+    rules: tuple[Rule, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,31 @@ class _Role:
     table: bool
     head: bool
 
+    def kinds(self) -> set[str]:
+        """As rules speak of it."""
+        return {*["@embed"] * self.table, *["@head"] * self.head} or {"@linear"}
+
 
 def plan(module: Module, rules: Rules, notes: Notes) -> dict[str, Quant]:
     """How each parameter that is to be coded is coded; the rest is explained in `notes`."""
     names = _selected(module, rules)
     head, uses = head_params(module), param_uses(module)
     out: dict[str, Quant] = {}
+    used: set[Rule] = set()
     for name in names:
-        param = module.params[name]
-        role = _role(uses[name], name in head)
-        why = role if isinstance(role, str) else _unfit(param, role) or _kept(role, rules)
-        if why:
+        param, role = module.params[name], _role(uses[name], name in head)
+        why = role if isinstance(role, str) else _unfit(param, role)
+        if why or isinstance(role, str):
             notes.skip(name, why)
             continue
-        assert isinstance(role, _Role)
-        out[name] = _quant(param, role, rules, notes)
+        rule = first(rules.rules, name, role.kinds())
+        used |= {rule} if rule else set()
+        kept = _kept_by(rule) if rule else _kept(role, rules)
+        if kept:
+            notes.skip(name, kept)
+        else:
+            out[name] = _ruled(param, role, rule, rules, notes) if rule else _quant(param, role, rules, notes)
+    check_used(f"{rules.name}: rules", rules.rules, used, list(module.params))
     _summary(module, out, notes)
     return out
 
@@ -83,20 +95,24 @@ def shrinks(name: str, before: Module, after: Module) -> None:
 
 
 def head_params(module: Module) -> frozenset[str]:
-    """Matrices of the linears whose output reaches the logits through elementwise ops alone."""
-    if not module.funcs:
-        return frozenset()
-    forward = module.forward()
-    makers = {value.name: op for op in forward.ops for value in op.outputs}
-    found: set[str] = set()
-    wanted = list(forward.results)
+    """Matrices of the linears whose output reaches the logits through elementwise ops and calls alone."""
+    return frozenset(_last_linears(module, module.forward())) if module.funcs else frozenset()
+
+
+def _last_linears(module: Module, func: Func) -> Iterator[str]:
+    makers = {value.name: op for op in func.ops for value in op.outputs}
+    wanted = list(func.results)
     while wanted:
         op = makers.get(wanted.pop())
-        if op is not None and op.kind == "linear":
-            found.add(op.params["w"])
-        elif op is not None and op.kind in ELEMENTWISE | {"softcap"}:
+        if op is None:
+            continue
+        called = op.attrs.get("func" if op.kind == "call" else "head")
+        if isinstance(called, Ref):
+            yield from _last_linears(module, module.funcs[called.name])
+        elif op.kind == "linear":
+            yield op.params["w"]
+        elif op.kind in ELEMENTWISE | {"softcap"}:
             wanted += op.inputs
-    return frozenset(found)
 
 
 def matching(patterns: str, names: Sequence[str], where: str) -> set[str]:
@@ -164,18 +180,32 @@ def _kept(role: _Role, rules: Rules) -> str:
     return f"left as it is by {options[0]}" if options else ""
 
 
+def _kept_by(rule: Rule) -> str:
+    return "" if rule.bits else f"left as it is by the rule {rule.text}"
+
+
+def _ruled(param: Param, role: _Role, rule: Rule, rules: Rules, notes: Notes) -> Quant:
+    group, sym = (rules.group if rule.group is None else rule.group), (rules.sym if rule.sym is None else rule.sym)
+    return Quant(rule.bits, _fitted(param, role, group, notes), sym, rules.scale, role.axis)
+
+
 def _quant(param: Param, role: _Role, rules: Rules, notes: Notes) -> Quant:
     bits = _bits(role, rules)
     special = " and ".join(["embedding"] * role.table + ["head"] * role.head)
     if special and bits > rules.bits:
         notes.chose(f"{param.name}: {special}, {bits} bits with one scale a row")
         return Quant(bits, 0, rules.sym, rules.scale, role.axis)
+    return Quant(bits, _fitted(param, role, rules.group, notes), rules.sym, rules.scale, role.axis)
+
+
+def _fitted(param: Param, role: _Role, wanted: int, notes: Notes) -> int:
+    """The group that the parameter's axis allows."""
     extent = param.type.shape[role.axis]
     assert isinstance(extent, int)
-    group = fitting_group(extent, rules.group)
-    if group != rules.group:
-        notes.chose(f"{param.name}: {rules.group} does not divide {extent}, groups of {group or extent}")
-    return Quant(bits, group, rules.sym, rules.scale, role.axis)
+    group = fitting_group(extent, wanted)
+    if group != wanted:
+        notes.chose(f"{param.name}: {wanted} does not divide {extent}, groups of {group or extent}")
+    return group
 
 
 def fitting_group(extent: int, group: int) -> int:

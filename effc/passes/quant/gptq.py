@@ -20,6 +20,9 @@ DAMP = 0.01
 BLOCK = 128
 """Rows after which the rest of the matrix is brought up to date."""
 
+COLUMNS = 1 << 25
+"""Elements worked on at a time."""
+
 WIDEST = 8192
 """Rows that are seen together; wider matrices are taken in parts, as if these had nothing to do with each other."""
 
@@ -39,15 +42,24 @@ def _together(rows: int, quant: Quant) -> int:
 
 
 def _part(w: Array, square: Array, quant: Quant, method: Method, ordered: bool) -> tuple[Array, Array, Array]:
-    w = np.array(w, np.float32)
     order = np.argsort(-np.diagonal(square), kind="stable") if ordered else np.arange(len(w))
     upper = inverse_root(square[np.ix_(order, order)])
     # An error in row k costs its square times this: what later rows make up for is taken off already.
     importance = np.empty(len(w), np.float32)
     importance[order] = 1 / np.square(np.diagonal(upper))
-    scales = _Scales(w, quant, method, importance)
-    codes = _rounded(w, upper, order, scales, ordered)
-    return codes, scales.scale, scales.zero
+    wide = max(1, COLUMNS // len(w))
+    done = [_columns(w[:, i : i + wide], upper, order, importance, quant, method, ordered)
+            for i in range(0, w.shape[1], wide)]  # fmt: skip
+    codes, scales, zeros = (np.concatenate(parts, axis=-1) for parts in zip(*done, strict=True))
+    return codes, scales, zeros
+
+
+def _columns(
+    w: Array, upper: Array, order: Array, importance: Array, quant: Quant, method: Method, ordered: bool
+) -> tuple[Array, Array, Array]:
+    """Columns have nothing to do with each other; a few at a time take less memory."""
+    scales = _Scales(np.array(w, np.float32), quant, method, importance)
+    return _rounded(scales.w, upper, order, scales, ordered), scales.scale, scales.zero
 
 
 def inverse_root(square: Array) -> Array:
@@ -66,7 +78,8 @@ class _Scales:
     """Scale and zero point of every group, found when its first row is rounded."""
 
     def __init__(self, w: Array, quant: Quant, method: Method, importance: Array):
-        self.w, self.quant, self.method, self.importance = w, quant, method, importance
+        self.w, self.quant, self.importance = w, quant, importance
+        self.method: Method = method
         self.group = quant.group or len(w)
         groups = -(-len(w) // self.group)
         self.scale = np.zeros((groups, 1, w.shape[1]), np.float32)

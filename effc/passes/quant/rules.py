@@ -1,0 +1,67 @@
+"""Rules by hand: `*.down:8;@head:4/64;layers.attn.*:4/32a;embed*:keep`, the first that fits a parameter wins.
+
+Left of the colon a glob of names, or `@linear`, `@embed`, `@head`: what reads the parameter. Right of it `keep`, or
+bits, after a slash the group (0: a whole channel), and at the end `a` (zero points) or `s` (none). What a rule does
+not say is as the pass's options have it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from effc.errors import nearest
+from effc.passes.base import PassError
+
+_FORM = re.compile(r"(?P<bits>[2-8])(?:/(?P<group>\d+))?(?P<sym>[as])?")
+
+KINDS = ("@linear", "@embed", "@head")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What fits `pattern` gets `bits` (0: is kept); None is what the options say."""
+
+    text: str
+    pattern: str
+    bits: int
+    group: int | None = None
+    sym: bool | None = None
+
+    def fits(self, name: str, kinds: Collection[str]) -> bool:
+        """Whether it speaks of a parameter that ops of these kinds read."""
+        return self.pattern in kinds if self.pattern.startswith("@") else fnmatch.fnmatchcase(name, self.pattern)
+
+
+def parse_rules(where: str, text: str) -> tuple[Rule, ...]:
+    """The rules in order; PassError for what is none."""
+    return tuple(_parse(where, item.strip()) for item in text.split(";") if item.strip())
+
+
+def _parse(where: str, text: str) -> Rule:
+    pattern, _, form = text.rpartition(":")
+    if pattern.startswith("@") and pattern not in KINDS:
+        raise PassError(f"{where}: '{text}' speaks of '{pattern}', want {', '.join(KINDS)}{nearest(pattern, KINDS)}")
+    if pattern and form == "keep":
+        return Rule(text, pattern, 0)
+    found = _FORM.fullmatch(form)
+    if not pattern or not found or found["group"] == "1":
+        raise PassError(f"{where}: '{text}' is no rule, want the like of layers.mlp.*:8, @head:4/64 or embed:keep")
+    group = int(found["group"]) if found["group"] else None
+    return Rule(text, pattern, int(found["bits"]), group, {"a": False, "s": True}.get(found["sym"]))
+
+
+def first(rules: Sequence[Rule], name: str, kinds: Collection[str]) -> Rule | None:
+    """The rule for a parameter."""
+    return next((rule for rule in rules if rule.fits(name, kinds)), None)
+
+
+def check_used(where: str, rules: Sequence[Rule], used: Collection[Rule], names: Sequence[str]) -> None:
+    """PassError for a rule that decides nothing."""
+    for rule in rules:
+        if rule not in used:
+            hidden = any(fnmatch.fnmatchcase(name, rule.pattern) for name in names)
+            why = "only what cannot be coded or has an earlier rule" if hidden else f"none of {len(names)} names"
+            raise PassError(f"{where}: '{rule.text}' matches {why}{'' if hidden else nearest(rule.pattern, names)}")
