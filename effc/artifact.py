@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from effc import certificate
 from effc.errors import EffcError, nearest
 from effc.evaluate import recognise
 from effc.frontend.source import TokenizerFiles
@@ -44,6 +45,7 @@ class Artifact:
         manifest = read_manifest(path)
         module = read_module(path / MODEL)
         store = open_safetensors(path / WEIGHTS, module)
+        certificate.check(module, store, str(path))
         return Artifact(path, module, store, _read_tokenizer(path, manifest), manifest)
 
     def report(self) -> dict[str, Any]:

@@ -60,6 +60,8 @@ class PassReport:
     gap: float | None = None
     trained: Sequence[Mapping[str, Any]] = ()
     """Runs of training: steps, seconds, tokens/s, looks at quality on the way, losses."""
+    measured: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """What a calibration measured."""
 
     def healing(self) -> list[str]:
         """A line for each run of training."""

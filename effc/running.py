@@ -84,7 +84,7 @@ class _Run:
         module, said = healing.calibrate(before.module, before.store, self.ran, self.context)
         for name, notes in said.items():
             report = self.reports[name]
-            self.reports[name] = replace(report, choices=[*report.choices, *notes.choices])
+            self.reports[name] = replace(report, choices=[*report.choices, *notes.choices], measured=notes.measured)
         if module != before.module:
             self.state = State(module, before.store)
             self.watch("calibrate", module)

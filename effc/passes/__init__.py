@@ -7,11 +7,12 @@ from effc.passes.calm import Calm
 from effc.passes.clean import Clean
 from effc.passes.draft import Draft
 from effc.passes.fuse import Fuse
+from effc.passes.mixed import Mixed
 from effc.passes.mor import Mor
 from effc.passes.quant4 import Quant4
 from effc.passes.quant8 import Quant8
 
-PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (Clean, Mor, Calm, Draft, Quant8, Quant4, Fuse)}
+PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (Clean, Mor, Calm, Draft, Quant8, Quant4, Mixed, Fuse)}
 """Every pass, in the order of the phases."""
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Draft",
     "Exactness",
     "Fuse",
+    "Mixed",
     "Mor",
     "Notes",
     "Option",

@@ -71,6 +71,8 @@ class Notes:
 
     choices: list[str] = field(default_factory=list[str])
     skips: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    measured: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Numbers for report.json: of a calibration, say."""
 
     def chose(self, text: str) -> None:
         """A decision the reader should know of."""

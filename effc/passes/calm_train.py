@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ROWS, LENGTH = 8, 128
 """Sequences of a step, and tokens of each."""
 
-RATE, TUNING_RATE = 2e-3, 3e-4
+RATE, TUNING_RATE = 2e-3, 1e-3
 """Learning rates of exits alone, and where the layers learn too."""
 
 TRAINED_ON = 0.6
@@ -112,7 +112,7 @@ class _Spread:
         """States after each piece of the stack."""
         states, rest = [self.op.inputs[0]], self.op.inputs[1:]
         for start, stop in pairwise(cuts):
-            told = {"times": stop - start, "start": start}
+            told: dict[str, Any] = {"times": stop - start, "start": start}
             states.append(self.run("repeat", states[-1], "block", self.ref("block"), *rest, **told))
         return states[1:]
 
@@ -136,17 +136,19 @@ def _mask(made_by: Calm, table: Any, module: Module) -> Any:
 
 
 def _loss(extend: Extend, count: int, teacher: Callable[..., jax.Array] | None = None) -> Any:
-    """Exits say what the last layer says; where layers learn too, all say what the input model says."""
+    """Exits say what the last layer says; where layers learn too, it says what the input model says and exits can."""
 
     def loss(tree: Any, batch: Mapping[str, Any], tick: Tick) -> tuple[jax.Array, dict[str, jax.Array]]:
         ids, mask = batch["tokens"][:, :-1], batch["mask"]
         full, *others, _ = extend(tree["student"], ids)
         exits, scores = others[:count], others[count:]
-        target = teacher(tree["teacher"], ids) if teacher else full
-        losses = [mean(forward_kl(target, logits), mask) for logits in exits]
+        divergence = both_ways if teacher else forward_kl
+        losses = [mean(divergence(full, logits), mask) for logits in exits]
         told = {f"exit{i}": value for i, value in enumerate(losses)} | {"count": mask.sum()}
         if teacher:
-            total = _weighted(losses, mean(forward_kl(target, full), mask), tick.progress)
+            last = mean(forward_kl(teacher(tree["teacher"], ids), full), mask)
+            told["last"] = last
+            total = weighted(losses, last, tick.progress)
         else:
             total = sum(losses) / count
         right = [jnp.argmax(logits, -1) == jnp.argmax(full, -1) for logits in exits]
@@ -156,12 +158,19 @@ def _loss(extend: Extend, count: int, teacher: Callable[..., jax.Array] | None =
     return loss
 
 
-def _weighted(exits: list[jax.Array], last: jax.Array, progress: jax.Array) -> jax.Array:
-    """Weights rise with depth; exits come in one after the other from the deepest, over the first half."""
+def both_ways(full: jax.Array, exit: jax.Array) -> jax.Array:
+    """KL[..] of an exit to the last layer, whose gradient reaches both: they meet."""
+    p, q = jax.nn.log_softmax(full.astype(jnp.float32)), jax.nn.log_softmax(exit.astype(jnp.float32))
+    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+
+def weighted(exits: list[jax.Array], last: jax.Array, progress: jax.Array) -> jax.Array:
+    """Weights rise with depth, the last layer's is as much as all others'; exits come in from the deepest on,
+    over the first quarter (LayerSkip's gradual curriculum)."""
     count = len(exits)
-    weights = [(i + 1) * (progress * 2 * count >= count - 1 - i) for i in range(count)]
-    total = sum(weights) + 2 * count
-    return (sum(w * loss for w, loss in zip(weights, exits)) + 2 * count * last) / total
+    weights = [(i + 1) * (4 * progress * count >= count - 1 - i) for i in range(count)]
+    most = count * (count + 1) / 2
+    return (sum(w * loss for w, loss in zip(weights, exits)) + most * last) / (sum(weights) + most)
 
 
 def _unsure(score: jax.Array, right: jax.Array) -> jax.Array:

@@ -1,0 +1,194 @@
+"""The threshold of exits, by Learn-then-Test on texts generated at every threshold against the full model's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from effc import certificate
+from effc.calibration.consistency import LIKENESS, risk, textual
+from effc.calibration.learn_then_test import Certificate, certify
+from effc.ir.core import Decode, Module, Op
+from effc.ir.rewrite import replace_ops
+from effc.passes.base import Notes
+from effc.passes.calm_train import early_name, part
+from effc.runtime.engine import Engine
+from effc.runtime.generate import generate
+from effc.runtime.leaving import Left
+from effc.weights import Store
+
+if TYPE_CHECKING:
+    from effc.passes.calm import Calm
+    from effc.passes.context import Context
+
+GRID = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.88, 0.86, 0.84, 0.82, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55,
+        0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.0)  # fmt: skip
+"""Thresholds in the order they are tested, finest where exits are good enough: fixed before any text is seen."""
+
+BATCH = 50
+"""Prompts generated together."""
+
+TIMED, ROUNDS = 4, 3
+"""Prompts that are timed one by one at every certified threshold, and how often, in turn."""
+
+
+@dataclass
+class Texts:
+    """Prompts, what the full model says after each, and what is measured at each threshold."""
+
+    engine: Engine
+    prompts: Sequence[list[int]]
+    references: Sequence[list[int]] | None
+    asked: Calm
+    left: dict[float, Left] = field(default_factory=dict[float, Left])
+    rates: dict[float, float] = field(default_factory=dict[float, float])
+
+    def __post_init__(self) -> None:
+        self.full = self.say(1.0)
+
+    def say(self, threshold: float) -> list[list[int]]:
+        """What follows each prompt; how many layers that took is noted."""
+        together = 1 if self.asked.rows == "wait" else BATCH  # rows that wait depend on each other
+        out, counts = list[list[int]](), dict[int, int]()
+        for start in range(0, len(self.prompts), together):
+            result = generate(
+                self.engine, self.prompts[start : start + together], max_new_tokens=self.asked.tokens, exits=threshold
+            )
+            out += result.tokens
+            for layers, count in (result.stats.exits.by_layers if result.stats.exits else {}).items():
+                counts[layers] = counts.get(layers, 0) + count
+        self.left[threshold] = Left(counts)
+        return out
+
+    def losses(self, threshold: float) -> list[float]:
+        """Of each prompt, against the full model's text or, for risk, against the reference."""
+        likeness, early = LIKENESS[self.asked.loss], self.say(threshold)
+        if self.references is None:
+            return [textual(e, f, likeness) for e, f in zip(early, self.full, strict=True)]
+        return [risk(e, f, r, likeness) for e, f, r in zip(early, self.full, self.references, strict=True)]
+
+    def time(self, thresholds: Sequence[float]) -> None:
+        """Tokens a second of one sequence at each threshold: medians of rounds that take turns."""
+        found: dict[float, list[float]] = {threshold: [] for threshold in thresholds}
+        for _ in range(ROUNDS):
+            for threshold in thresholds:
+                found[threshold].append(self._rate(threshold))
+        self.rates = {threshold: median(values) for threshold, values in found.items()}
+
+    def _rate(self, threshold: float) -> float:
+        seconds, tokens = 0.0, 0
+        for prompt in self.prompts[:TIMED]:
+            new = self.asked.tokens
+            stats = generate(self.engine, [prompt], max_new_tokens=new, exits=threshold, stop_ids=()).stats
+            seconds, tokens = seconds + stats.decode_seconds, tokens + stats.decoded
+        return tokens / seconds if seconds else 0.0
+
+
+def calibrate(made_by: Calm, module: Module, store: Store, context: Context, notes: Notes) -> Module:
+    """The module with the threshold that is fastest of those certified, and what was measured."""
+    started = time.perf_counter()
+    model = context.model(module, store)
+    texts = _texts(made_by, Engine(model.program, model.params, _ends(context)), context)
+    found = certify(
+        texts.losses, len(texts.prompts), delta=made_by.delta, epsilon=made_by.epsilon, grid=GRID
+    )  # fmt: skip
+    passed = [t.setting for t in found.tried if t.passed]
+    texts.time([1.0, *_some(passed), *(t.setting for t in found.tried if not t.passed)])
+    chosen = max((1.0, *passed), key=lambda t: texts.rates.get(t, 0.0)) if made_by.tokens > 1 else 1.0
+    _tell(notes, found, texts, chosen)
+    notes.measured = {**_numbers(found, texts, chosen), "seconds": time.perf_counter() - started}
+    return certificate.bind(_settled(module, made_by, found, chosen), store)
+
+
+def _ends(context: Context) -> tuple[int, ...]:
+    return tuple(context.tokenizer.eos_ids) if context.tokenizer else ()
+
+
+def _texts(made_by: Calm, engine: Engine, context: Context) -> Texts:
+    """Prompts from the part of --calib that exits have not learnt from, else samples that they have not seen."""
+    rest = replace(context, calib=part(context.calib, learnt=False), seed=context.seed + 1)
+    length = made_by.prompt + (made_by.tokens if made_by.risk else 0)
+    room = len(rest.ids) // (length - len(rest.head)) if rest.ids is not None else made_by.prompts
+    rows = rest.prompts(min(made_by.prompts, room), length).tolist() if room else []
+    references = [row[made_by.prompt :] for row in rows] if made_by.risk else None
+    return Texts(engine, [row[: made_by.prompt] for row in rows], references, made_by)
+
+
+def _some(thresholds: Sequence[float], most: int = 6) -> list[float]:
+    """The last, and some before it evenly: timing every one takes long."""
+    if len(thresholds) <= most:
+        return list(thresholds)
+    return [thresholds[int(i)] for i in np.linspace(0, len(thresholds) - 1, most)]
+
+
+def _settled(module: Module, made_by: Calm, found: Certificate, chosen: float) -> Module:
+    """The threshold in the op and in `decode`, beside what is promised of it."""
+    name = early_name(module)
+
+    def settle(op: Op) -> list[Op] | None:
+        return [replace(op, attrs={**op.attrs, "threshold": chosen})] if op.kind == "early" else None
+
+    loss = next((t.mean for t in found.tried if t.setting == chosen), 0.0)
+    told = {
+        "threshold": chosen, "tokens": made_by.tokens, "delta": made_by.delta, "epsilon": made_by.epsilon,
+        "loss": round(loss, 6), "n": found.n, "measure": "risk" if made_by.risk else "textual", "of": made_by.loss,
+    }  # fmt: skip
+    assert module.decode is not None
+    decode = Decode(module.decode.strategy, {**module.decode.attrs, **told})
+    return replace(module.with_func(replace_ops(module.funcs[name], settle)), decode=decode)
+
+
+# -- what is said -------------------------------------------------------------------------------------------
+
+
+def _numbers(found: Certificate, texts: Texts, chosen: float) -> dict[str, Any]:
+    """For report.json."""
+    tried = [{"threshold": 1.0, "loss": 0.0, "p": None, "certified": True}]
+    tried += [{"threshold": t.setting, "loss": t.mean, "p": t.p, "certified": t.passed} for t in found.tried]
+    for row in tried:
+        left = texts.left.get(float(str(row["threshold"])))
+        rate = texts.rates.get(float(str(row["threshold"])))
+        row |= {"layers": left.average if left and left.tokens else None, "tokens_per_second": rate}
+    left = texts.left.get(chosen)
+    return {
+        "kind": "exits", "threshold": chosen, "certified": found.chosen, "delta": found.delta,
+        "epsilon": found.epsilon, "n": found.n, "needed": found.needed, "reason": found.reason(),
+        "tokens_by_layers": dict(left.by_layers) if left else {}, "thresholds": tried,
+    }  # fmt: skip
+
+
+def _tell(notes: Notes, found: Certificate, texts: Texts, chosen: float) -> None:
+    if found.chosen is None:
+        notes.chose(f"the full model runs: {found.reason()}")
+        return
+    last = next(t for t in found.tried if t.setting == found.chosen)
+    notes.chose(
+        f"certified from threshold {found.chosen:g} up: mean loss {last.mean:.4f} of {found.n} prompts, at most "
+        f"{found.delta:g} with probability {1 - found.epsilon:g} (p = {last.p:.3g})"
+    )
+    if chosen == 1:
+        notes.chose("the full model runs: at no certified threshold were exits faster")
+    else:
+        left, speed = texts.left[chosen], texts.rates[chosen] / texts.rates[1.0]
+        notes.chose(f"threshold {chosen:g}: x{speed:.2f} tokens/s, {left.average:.2f} layers a token, {_shares(left)}")
+    for line in chart(texts.rates, {t.setting: t.mean for t in found.tried}):
+        notes.chose(line)
+
+
+def _shares(left: Left) -> str:
+    return ", ".join(f"{count / left.tokens:.0%} after {n}" for n, count in left.by_layers.items())
+
+
+def chart(rates: Mapping[float, float], losses: Mapping[float, float], width: int = 30) -> list[str]:
+    """A bar a threshold: tokens a second, and the loss beside it."""
+    most = max(rates.values(), default=0.0) or 1.0
+    return [
+        f"{threshold:<5g} {'█' * max(1, round(width * rate / most)):<{width}} {rate:7.1f} tokens/s, "
+        f"loss {losses.get(threshold, 0.0):.4f}"
+        for threshold, rate in rates.items()
+    ]
