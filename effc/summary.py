@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from effc.ir.core import Func, Module, Op, Param, Ref, all_ops, param_uses
+from effc.ir.ops import attribute
 from effc.ir.types import evaluate
 from effc.passes.weight_rules import head_params
 from effc.weights import parts
@@ -82,7 +83,7 @@ def summarize(module: Module, notes: Sequence[str] = ()) -> Summary:
         [_outline(func, _times(module, func)) for func in module.funcs.values()],
         {kind: n for kind, n in sorted(kinds.items()) if not kind.startswith("lax.")},
         {kind: n for kind, n in sorted(kinds.items()) if kind.startswith("lax.")},
-        [_whole(func, op) for func, op in all_ops(module) if op.kind == "window"],
+        [_whole(func, op) for func, op in all_ops(module) if op.kind == "window" and attribute(op, "lookback") == -1],
         list(notes),
     )
 
