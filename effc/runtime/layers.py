@@ -15,13 +15,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from effc.runtime import quantized
+from effc.runtime.kernels.region.record import recorded
+from effc.runtime.packed import Packed
 from effc.runtime.qarray import QArray
 
-Weight = jax.Array | QArray
+Weight = jax.Array | QArray | Packed
 BiasFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(query position, key position, head), each i32[] -> f32[] added to that score."""
 
 
+@recorded
 def norm(
     x: jax.Array, scale: jax.Array | None = None, bias: jax.Array | None = None, *,
     kind: str, eps: float, offset: float = 0.0, dtype: Any = None,
@@ -38,11 +41,12 @@ def norm(
     return y.astype(dtype or x.dtype)
 
 
+@recorded
 def linear(
     x: jax.Array, w: Weight, bias: jax.Array | None = None, *, layout: str = "kn", dtype: Any = None
 ) -> jax.Array:
     """x[...,K] @ w[K,N] (layout nk: w[N,K]) + bias[N] -> [...,N]."""
-    if isinstance(w, QArray):
+    if isinstance(w, QArray | Packed):
         rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
         y = quantized.matmul(rows, w, layout).reshape(*x.shape[:-1], -1)
     else:
@@ -76,7 +80,7 @@ def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
 
 def embed(ids: jax.Array, table: Weight, *, dtype: Any = None) -> jax.Array:
     """Rows of table[V,d] at ids[...] -> [...,d]; the ids must be in 0..V-1."""
-    if isinstance(table, QArray):
+    if isinstance(table, QArray | Packed):
         if table.axis == -1:
             return table.rows(ids).dequantize(dtype or jnp.float32)
         return jnp.take(table.dequantize(dtype or jnp.float32), ids, axis=0)
@@ -93,6 +97,7 @@ def rope_table(
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
+@recorded
 def rope(x: jax.Array, cos: jax.Array, sin: jax.Array, *, style: str = "half") -> jax.Array:
     """Rotate pairs of the first 2n dims of x[b,t,h,d], n = cos.shape[-1]: (i, i+n), or (2i, 2i+1)."""
     n = cos.shape[-1]
@@ -108,6 +113,7 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array, *, style: str = "half") -
     return jnp.concatenate([y, rest], axis=-1) if rest.shape[-1] else y
 
 
+@recorded
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, bias_fn: BiasFn | None = None, *,
     scale: float = 1.0, window: int = 0, softcap: float = 0.0,

@@ -16,6 +16,8 @@ from jax import lax
 
 from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.matmul import native
+from effc.runtime.kernels.region import native as region
+from effc.runtime.packed import Packed
 from effc.runtime.qarray import QArray
 
 FEW = 32
@@ -24,8 +26,10 @@ FEW = 32
 _WIDEST, _OUTPUTS = 128, 256
 
 
-def matmul(x: jax.Array, w: QArray, layout: str) -> jax.Array:
+def matmul(x: jax.Array, w: QArray | Packed, layout: str) -> jax.Array:
     """f32 [R,N] from x f32[R,K] and w[K,N] (layout nk: w[N,K]); a program that may run on a TPU carries its kernel."""
+    if isinstance(w, Packed):
+        return region.matmul(x, w) if layout == w.layout and region.usable() else by_xla(x, w.plain(), layout)
     here = partial(_here, layout=layout)
     if on_tpu.wanted():
         from effc.runtime.kernels.matmul import tpu  # Pallas takes half a second to import

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-DNDEBUG", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-DNDEBUG", "-fPIC", "-shared", "-Wno-psabi")
 
 
 class Unbuilt(Exception):
@@ -34,7 +34,7 @@ def build(source: Path, flags: tuple[str, ...] = ()) -> Built:
     """The shared object of `source`, compiled if it is not there yet; raises Unbuilt."""
     compiler = find_compiler()
     command = [*compiler, *FLAGS, *flags, "-isystem", jax.ffi.include_dir()]
-    key = _key(source.read_bytes(), command)
+    key = _key(b"".join(file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h")))), command)
     file = cache_folder() / f"{source.parent.name}-{key}.so"
     if not file.exists():
         _compile([*command, str(source)], file)

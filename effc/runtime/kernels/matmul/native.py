@@ -8,12 +8,8 @@ calls this where it can run; EFFC_NATIVE=0 in the environment keeps everything o
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from effc.runtime.kernels.build import Unbuilt, build
+from effc.runtime.kernels.policy import avoided, off
+from effc.runtime.kernels.policy import portable as portable
 from effc.runtime.qarray import QArray
 
 FEW = 32
@@ -28,7 +26,6 @@ FEW = 32
 
 SOURCE = Path(__file__).with_name("cpu.cc")
 
-_portable: ContextVar[bool] = ContextVar("portable", default=False)
 _lock = threading.Lock()
 
 
@@ -41,15 +38,10 @@ def fits(x: jax.Array, w: QArray, layout: str) -> bool:
 
 def available() -> bool:
     """Whether programs traced now call the kernel; tells once on stderr why it cannot be had."""
-    if _portable.get() or off() or jax.default_backend() != "cpu":
+    if avoided():
         return False
     with _lock:
         return _ready()
-
-
-def off() -> bool:
-    """Whether the user wants none of it."""
-    return os.environ.get("EFFC_NATIVE") == "0"
 
 
 def status() -> str:
@@ -62,16 +54,6 @@ def status() -> str:
         return f"built ({target()})"
     except Unbuilt as error:
         return f"not built: {error}"
-
-
-@contextmanager
-def portable() -> Iterator[None]:
-    """Programs traced inside are of XLA's own ops: any machine with JAX can run them."""
-    token = _portable.set(True)
-    try:
-        yield
-    finally:
-        _portable.reset(token)
 
 
 @cache

@@ -1,0 +1,168 @@
+// Attention of new tokens over the rows of a cache: [batch * groups, capacity, width], in place.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "program.h"
+
+namespace effc {
+
+constexpr int64_t kQueries = 32;  // that one task takes
+
+// One head of one sequence.
+struct Head {
+  const Attention& op;
+  const Memory& memory;
+  int64_t sequence, head;
+  const float *keys, *values;
+
+  Head(const Attention& op, const Memory& memory, int64_t sequence, int64_t head)
+      : op(op), memory(memory), sequence(sequence), head(head) {
+    const int64_t row = (sequence * op.groups + head / (op.heads / op.groups)) * op.capacity;
+    keys = memory.At<float>(op.keys) + row * op.width;
+    values = memory.At<float>(op.values) + row * op.value_width;
+  }
+
+  const float* Query(int64_t t) const { return memory.Row(op.q, sequence * op.tokens + t) + head * op.width; }
+  float* Result(int64_t t) const { return memory.Row(op.y, sequence * op.tokens + t) + head * op.value_width; }
+  int64_t Position(int64_t t) const { return memory.At<int32_t>(op.positions)[sequence * op.tokens + t]; }
+  // The keys that token t sees: [First, Last).
+  int64_t Last(int64_t t) const { return std::min(op.capacity, Position(t) + 1); }
+  int64_t First(int64_t t) const { return op.window ? std::max<int64_t>(0, Position(t) + 1 - op.window) : 0; }
+};
+
+inline float Product(const float* a, const float* b, int64_t width) {
+  V total = {};
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) total += Load(a + i) * Load(b + i);
+  float rest = 0;
+  for (; i < width; ++i) rest += a[i] * b[i];
+  return Sum(total) + rest;
+}
+
+// Sixteen keys, one a lane: turned[width][16].
+inline void Turn(const float* keys, int64_t width, int64_t count, float* turned) {
+  for (int64_t j = 0; j < kLanes; ++j) {
+    for (int64_t i = 0; i < width; ++i) turned[i * kLanes + j] = j < count ? keys[j * width + i] : 0.0f;
+  }
+}
+
+// Scores of R tokens with the keys in `turned`, each to its row of `scores`.
+template <int R>
+void Score(const Head& h, int64_t t, const float* turned, float* scores, int64_t stride) {
+  V sums[R] = {};
+  const float* q[R];
+  for (int r = 0; r < R; ++r) q[r] = h.Query(t + r);
+  for (int64_t i = 0; i < h.op.width; ++i) {
+    const V key = Load(turned + i * kLanes);
+    for (int r = 0; r < R; ++r) sums[r] += key * q[r][i];
+  }
+  for (int r = 0; r < R; ++r) Store(scores + r * stride, sums[r]);
+}
+
+// Scores to weights that sum to 1, between first and last.
+inline void Softmax(const Attention& op, float* scores, int64_t first, int64_t last) {
+  const auto scale = static_cast<float>(Number(op.scale)), cap = static_cast<float>(Number(op.softcap));
+  V most = Fill(-std::numeric_limits<float>::infinity());
+  for (int64_t j = first; j < last; j += kLanes) {
+    const int64_t count = std::min(kLanes, last - j);
+    V x = LoadSome(scores + j, count) * scale;
+    if (cap != 0.0f) x = cap * Tanh(x / cap);
+    StoreSome(scores + j, x, count);
+    for (int64_t i = 0; i < count; ++i) most[i] = x[i] > most[i] ? x[i] : most[i];
+  }
+  const float largest = Largest(most);
+  float total = 0;
+  for (int64_t j = first; j < last; j += kLanes) {
+    const int64_t count = std::min(kLanes, last - j);
+    const V x = Exp(LoadSome(scores + j, count) - largest);
+    StoreSome(scores + j, x, count);
+    for (int64_t i = 0; i < count; ++i) total += x[i];
+  }
+  const float factor = 1.0f / total;
+  for (int64_t j = first; j < last; ++j) scores[j] *= factor;
+}
+
+// C vectors of the result from place `at` for R tokens: weights times values.
+template <int R, int C>
+void Mix(const Head& h, int64_t t, int64_t at, const float* weights, int64_t stride, int64_t first, int64_t last) {
+  V sums[R][C] = {};
+  for (int64_t j = first; j < last; ++j) {
+    const float* value = h.values + j * h.op.value_width + at;
+    for (int c = 0; c < C; ++c) {
+      const V v = Load(value + c * kLanes);
+      for (int r = 0; r < R; ++r) sums[r][c] += v * weights[r * stride + j];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) Store(h.Result(t + r) + at + c * kLanes, sums[r][c]);
+  }
+}
+
+template <int R>
+void MixAll(const Head& h, int64_t t, const float* weights, int64_t stride, int64_t first, int64_t last) {
+  int64_t at = 0;
+  const int64_t width = h.op.value_width;
+  for (; at + 4 * kLanes <= width; at += 4 * kLanes) Mix<R, 4>(h, t, at, weights, stride, first, last);
+  for (; at + kLanes <= width; at += kLanes) Mix<R, 1>(h, t, at, weights, stride, first, last);
+  for (; at < width; ++at) {
+    for (int r = 0; r < R; ++r) {
+      float sum = 0;
+      for (int64_t j = first; j < last; ++j) sum += weights[r * stride + j] * h.values[j * width + at];
+      h.Result(t + r)[at] = sum;
+    }
+  }
+}
+
+// One token by itself: keys as they lie.
+inline void Alone(const Head& h, int64_t t, float* scores) {
+  const int64_t first = h.First(t), last = h.Last(t);
+  for (int64_t j = first; j < last; ++j) scores[j] = Product(h.Query(t), h.keys + j * h.op.width, h.op.width);
+  Softmax(h.op, scores, first, last);
+  MixAll<1>(h, t, scores, 0, first, last);
+}
+
+// Tokens t..stop together: each key is turned once for all of them, what a token does not see weighs 0.
+inline void Together(const Head& h, int64_t t, int64_t stop, std::vector<float>& room) {
+  const int64_t count = stop - t, stride = (h.op.capacity + kLanes - 1) / kLanes * kLanes;
+  room.resize(std::max<size_t>(room.size(), count * stride + h.op.width * kLanes));
+  float *scores = room.data(), *turned = scores + count * stride;
+  int64_t first = h.op.capacity, last = 0;
+  for (int64_t i = t; i < stop; ++i) first = std::min(first, h.First(i)), last = std::max(last, h.Last(i));
+  first = first / kLanes * kLanes;
+  for (int64_t j = first; j < last; j += kLanes) {
+    Turn(h.keys + j * h.op.width, h.op.width, std::min(kLanes, h.op.capacity - j), turned);
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) Score<4>(h, t + i, turned, scores + i * stride + j, stride);
+    for (; i < count; ++i) Score<1>(h, t + i, turned, scores + i * stride + j, stride);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    float* row = scores + i * stride;
+    const int64_t from = h.First(t + i), to = h.Last(t + i);
+    std::fill(row + first, row + std::max(first, from), 0.0f);
+    std::fill(row + to, row + std::max(to, last), 0.0f);
+    Softmax(h.op, row, from, to);
+  }
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) MixAll<4>(h, t + i, scores + i * stride, stride, first, last);
+  for (; i < count; ++i) MixAll<1>(h, t + i, scores + i * stride, stride, first, last);
+}
+
+inline int64_t Blocks(const Attention& op) { return (op.tokens + kQueries - 1) / kQueries; }
+inline int64_t Tasks(const Attention& op) { return op.batch * op.heads * Blocks(op); }
+
+inline void Run(const Attention& op, const Memory& memory, int64_t task) {
+  thread_local std::vector<float> room;
+  // Late blocks see most keys: they go first, so that none is waited for at the end.
+  const int64_t blocks = Blocks(op), block = blocks - 1 - task / (op.batch * op.heads);
+  const int64_t which = task % (op.batch * op.heads);
+  const Head head(op, memory, which / op.heads, which % op.heads);
+  const int64_t stop = std::min(op.tokens, (block + 1) * kQueries);
+  if (stop - block * kQueries >= 4) return Together(head, block * kQueries, stop, room);
+  room.resize(std::max<size_t>(room.size(), op.capacity));
+  for (int64_t t = block * kQueries; t < stop; ++t) Alone(head, t, room.data());
+}
+
+}  // namespace effc

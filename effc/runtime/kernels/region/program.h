@@ -1,0 +1,104 @@
+// The words of a native region as structures; effc/runtime/kernels/region/program.py writes them.
+//
+// A program is a header and its stages; a stage is a header and its ops. Ops of a row stage act on each
+// row by itself, one after the other; ops of the other stages are independent of each other.
+
+#pragma once
+
+#include <vector>
+
+#include "vector.h"
+
+namespace effc {
+
+enum Code : int64_t { kNorm = 1, kQuantize, kRope, kAppend, kMap, kArgmax, kLinear, kAttention };
+
+// Where an array lies: base -1 the scratch memory, -2 nowhere, else the number of a buffer.
+struct Ref {
+  int64_t base, offset;
+};
+
+// Rows of floats; stride in floats.
+struct View {
+  Ref at;
+  int64_t stride;
+};
+
+struct Header {
+  int64_t stages, scratch;
+};
+
+struct Stage {
+  int64_t words, rows, ops;  // rows 0: not by rows
+};
+
+struct Op {
+  int64_t code, words;
+};
+
+struct Norm : Op {
+  View x, y;
+  Ref scale, bias;
+  int64_t heads, width, layer, eps, offset;  // eps, offset: bits of a double
+};
+
+// Rows as integers: see quantize.h.
+struct Quantize : Op {
+  View x;
+  Ref to;
+  int64_t block, width, piece, digits;
+};
+
+struct Rope : Op {
+  View x, y;
+  Ref cos, sin;
+  int64_t heads, width, half, interleaved;
+};
+
+struct Append : Op {
+  View x;
+  Ref cache, lengths;
+  int64_t tokens, heads, width, capacity;
+};
+
+// y = f(a, b); an operand's step is 0 where it is one number, which `number` is where it lies nowhere.
+struct Map : Op {
+  View y, a, b;
+  int64_t function, width, a_step, b_step, number;  // number: bits of a double
+};
+
+struct Argmax : Op {
+  View x;
+  Ref y;
+  int64_t width;
+};
+
+struct Linear : Op {
+  View x, y;
+  Ref quantized, codes, scales, zeros, bias;
+  int64_t block, rows, inner, outer, bits, group, piece, digits, type;
+};
+
+struct Attention : Op {
+  View q, y;
+  Ref keys, values, positions;
+  int64_t batch, tokens, heads, groups, width, value_width, capacity, window, scale, softcap;
+};
+
+inline double Number(int64_t bits) { return LoadAs<double>(&bits); }
+
+// Buffers of one call.
+struct Memory {
+  char* scratch = nullptr;
+  std::vector<char*> buffers;
+
+  template <typename T>
+  T* At(Ref ref) const {
+    if (ref.base == -2) return nullptr;
+    return reinterpret_cast<T*>((ref.base == -1 ? scratch : buffers[ref.base]) + ref.offset);
+  }
+
+  float* Row(const View& view, int64_t row) const { return At<float>(view.at) + row * view.stride; }
+};
+
+}  // namespace effc

@@ -1,0 +1,151 @@
+// Ops on one row: norms, rotations, cache rows, elementwise functions, the place of the largest.
+
+#pragma once
+
+#include <algorithm>
+
+#include "program.h"
+
+namespace effc {
+
+inline float Mean(const float* x, int64_t width) {
+  V total = {};
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) total += Load(x + i);
+  return (Sum(total) + Sum(i < width ? LoadSome(x + i, width - i) : V{})) / static_cast<float>(width);
+}
+
+inline float MeanSquare(const float* x, int64_t width, float mean) {
+  V total = {};
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) total += (Load(x + i) - mean) * (Load(x + i) - mean);
+  float rest = 0;
+  for (; i < width; ++i) rest += (x[i] - mean) * (x[i] - mean);
+  return (Sum(total) + rest) / static_cast<float>(width);
+}
+
+inline void NormHead(const Norm& op, const float* x, float* y, const float* scale, const float* bias) {
+  const float mean = op.layer ? Mean(x, op.width) : 0.0f, offset = static_cast<float>(Number(op.offset));
+  const float factor = 1.0f / std::sqrt(MeanSquare(x, op.width, mean) + static_cast<float>(Number(op.eps)));
+  for (int64_t i = 0; i < op.width; ++i) {
+    const float value = (x[i] - mean) * factor * (scale ? scale[i] + offset : 1.0f);
+    y[i] = bias ? value + bias[i] : value;
+  }
+}
+
+inline void Run(const Norm& op, const Memory& memory, int64_t row) {
+  const float *scale = memory.At<float>(op.scale), *bias = memory.At<float>(op.bias);
+  for (int64_t h = 0; h < op.heads; ++h) {
+    NormHead(op, memory.Row(op.x, row) + h * op.width, memory.Row(op.y, row) + h * op.width, scale, bias);
+  }
+}
+
+inline void TurnHead(const Rope& op, const float* x, const float* cos, const float* sin, float* y) {
+  const int64_t first = op.interleaved ? 2 : 1, second = op.interleaved ? 1 : op.half;
+  for (int64_t i = 0; i < op.half; ++i) {
+    const float a = x[first * i], b = x[first * i + second];
+    y[first * i] = a * cos[i] - b * sin[i];
+    y[first * i + second] = b * cos[i] + a * sin[i];
+  }
+  for (int64_t i = 2 * op.half; i < op.width; ++i) y[i] = x[i];
+}
+
+inline void Run(const Rope& op, const Memory& memory, int64_t row) {
+  const float *cos = memory.At<float>(op.cos) + row * op.half, *sin = memory.At<float>(op.sin) + row * op.half;
+  for (int64_t h = 0; h < op.heads; ++h) {
+    TurnHead(op, memory.Row(op.x, row) + h * op.width, cos, sin, memory.Row(op.y, row) + h * op.width);
+  }
+}
+
+// Rows start where dynamic_update_slice would put them: moved inwards at the end.
+inline void Run(const Append& op, const Memory& memory, int64_t row) {
+  const int64_t sequence = row / op.tokens, length = memory.At<int32_t>(op.lengths)[sequence];
+  const int64_t at = std::max<int64_t>(0, std::min(length, op.capacity - op.tokens)) + row % op.tokens;
+  const float* x = memory.Row(op.x, row);
+  for (int64_t g = 0; g < op.heads; ++g) {
+    float* to = memory.At<float>(op.cache) + ((sequence * op.heads + g) * op.capacity + at) * op.width;
+    std::memcpy(to, x + g * op.width, op.width * sizeof(float));
+  }
+}
+
+enum Function : int64_t {
+  kAdd, kSub, kMul, kDiv, kMax, kMin, kNeg, kExp, kTanh, kLogistic, kSquare, kCube, kSqrt, kRsqrt, kErf, kErfc, kCopy
+};
+
+inline V Each(V x, float (*f)(float)) {
+  for (int i = 0; i < kLanes; ++i) x[i] = f(x[i]);
+  return x;
+}
+
+// As XLA has them: NaN in either operand is the result.
+inline V Larger(V a, V b) { return a != a ? a : b != b ? b : Max(a, b); }
+inline V Smaller(V a, V b) { return a != a ? a : b != b ? b : Min(a, b); }
+
+inline V Apply(int64_t function, V a, V b) {
+  switch (function) {
+    case kAdd: return a + b;
+    case kSub: return a - b;
+    case kMul: return a * b;
+    case kDiv: return a / b;
+    case kMax: return Larger(a, b);
+    case kMin: return Smaller(a, b);
+    case kNeg: return -a;
+    case kExp: return Exp(a);
+    case kTanh: return Tanh(a);
+    case kLogistic: return Logistic(a);
+    case kSquare: return a * a;
+    case kCube: return a * a * a;
+    case kSqrt: return Each(a, std::sqrt);
+    case kRsqrt: return 1.0f / Each(a, std::sqrt);
+    case kErf: return Each(a, std::erf);
+    case kErfc: return Each(a, std::erfc);
+    default: return a;
+  }
+}
+
+inline V Operand(const float* at, int64_t step, int64_t i, int64_t count) {
+  if (!step) return Fill(*at);
+  return count == kLanes ? Load(at + i) : LoadSome(at + i, count);
+}
+
+inline void Run(const Map& op, const Memory& memory, int64_t row) {
+  const auto number = static_cast<float>(Number(op.number));
+  const float* a = op.a.at.base == -2 ? &number : memory.Row(op.a, row);
+  const float* b = op.b.at.base == -2 ? &number : memory.Row(op.b, row);
+  float* y = memory.Row(op.y, row);
+  for (int64_t i = 0; i < op.width; i += kLanes) {
+    const int64_t count = std::min(kLanes, op.width - i);
+    const V value = Apply(op.function, Operand(a, op.a_step, i, count), Operand(b, op.b_step, i, count));
+    count == kLanes ? Store(y + i, value) : StoreSome(y + i, value, count);
+  }
+}
+
+// The first of the largest, or the first NaN.
+inline int32_t First(const float* x, int64_t width) {
+  const V lowest = Fill(-std::numeric_limits<float>::infinity());
+  V most = lowest;
+  VI odd = {};
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) {
+    const V value = Load(x + i);
+    most = Max(value, most);
+    odd |= value != value;
+  }
+  float largest = Largest(most);
+  bool nan = false;
+  for (int lane = 0; lane < kLanes; ++lane) nan |= odd[lane] != 0;
+  for (; i < width; ++i) {
+    nan |= x[i] != x[i];
+    largest = std::max(largest, x[i]);
+  }
+  for (i = 0; i < width; ++i) {
+    if (nan ? x[i] != x[i] : x[i] == largest) return static_cast<int32_t>(i);
+  }
+  return 0;
+}
+
+inline void Run(const Argmax& op, const Memory& memory, int64_t row) {
+  memory.At<int32_t>(op.y)[row] = First(memory.Row(op.x, row), op.width);
+}
+
+}  // namespace effc

@@ -1,0 +1,315 @@
+"""Which equations a native region takes, and the ops they become."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.extend.core import Literal
+
+from effc.runtime.kernels.region import program as ops
+from effc.runtime.kernels.region import record
+from effc.runtime.kernels.region.flat import Step
+from effc.runtime.kernels.region.program import NOWHERE, Place, Slot
+from effc.runtime.packed import Packed
+
+if TYPE_CHECKING:
+    from effc.runtime.kernels.region.form import Former
+
+FUNCTIONS = (
+    "add", "sub", "mul", "div", "max", "min", "neg", "exp", "tanh", "logistic", "square", "integer_pow", "sqrt",
+    "rsqrt", "erf", "erfc", "copy",
+)  # fmt: skip
+"""Elementwise primitives in the order of rowops.h."""
+
+COPY = FUNCTIONS.index("copy")
+
+_VIEWS = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "slice"})
+_NONE = Place(NOWHERE, 1, 1, 0)
+_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+
+
+def rows_of(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and their width: axes b and t are rows, or all but the last where there are fewer than three."""
+    cut = 2 if len(shape) > 2 else max(len(shape) - 1, 0)
+    return math.prod(shape[:cut]), math.prod(shape[cut:])
+
+
+def room(rows: int, width: int) -> Place:
+    """Scratch memory for a value."""
+    return Place(Slot(4 * rows * width), rows, width, width)
+
+
+def is_view(step: Step) -> bool:
+    """Whether it computes nothing."""
+    return step.name in _VIEWS
+
+
+def reference(step: Step, args: Sequence[Any]) -> Any:
+    """A recorded layer's result by its own function."""
+    return record.reference(*args, **step.params)
+
+
+def join(former: Former, step: Step) -> bool:
+    """Adds the step to the open region; whether it could."""
+    if step.eqn.primitive is record.LAYER:
+        take = _LAYERS.get(step.params["name"])
+        return take is not None and _wide(step.out()) and take(former, step, _Args(former, step))
+    if not any(former.inside(atom) for atom in step.ins):
+        return False
+    if step.name in FUNCTIONS:
+        return _map(former, step)
+    take = _OTHERS.get(step.name)
+    return take is not None and take(former, step)
+
+
+def _wide(aval: Any) -> bool:
+    return aval.dtype == np.float32 and 0 not in aval.shape
+
+
+class _Args:
+    """The arguments of a recorded layer: atoms where it has arrays."""
+
+    def __init__(self, former: Former, step: Step):
+        self.former = former
+        avals: list[Any] = [var.aval for var in step.eqn.invars]
+        self.types: dict[Any, Any] = dict(enumerate(avals))
+        self.atoms = step.ins
+        self.values: Any = jax.tree.unflatten(step.params["tree"], range(len(avals)))
+        self.keywords = dict(step.params["keywords"])
+
+    def place(self, number: Any) -> Place | None:
+        """Of an argument that is f32 (or nothing: the place that is nowhere)."""
+        if number is None:
+            return _NONE
+        if self.types[number].dtype != np.float32:
+            return None
+        return self.former.place(self.atoms[number])
+
+    def slot(self, number: Any) -> Slot | None:
+        """Of a whole array."""
+        if number is None:
+            return NOWHERE
+        found = self.former.place(self.atoms[number])
+        return None if found is None or found.offset else found.slot
+
+    def outside(self, number: Any) -> Any:
+        """An array that is not the region's; None where it is."""
+        atom = self.atoms[number]
+        return None if isinstance(atom, Literal) or self.former.inside(atom) else self.former.values[atom]
+
+
+def _norm(former: Former, step: Step, args: _Args) -> bool:
+    number, scale, bias = (*args.values, None, None)[:3]
+    x, scale, bias = args.place(number), args.place(scale), args.place(bias)
+    if x is None or scale is None or bias is None:
+        return False
+    last = step.shape()[-1]
+    if x.width % last:
+        return False
+    y, keywords = room(x.rows, x.width), args.keywords
+    numbers = [x.width // last, last, keywords["kind"] == "layer", float(keywords["eps"])]
+    words = [x, y, scale.slot, bias.slot, *numbers, float(keywords.get("offset", 0.0))]
+    former.program.by_rows(ops.NORM, words, [x.slot, scale.slot, bias.slot], y.slot, x.rows)
+    former.places[step.outs[0]] = y
+    return True
+
+
+def _linear(former: Former, step: Step, args: _Args) -> bool:
+    number, w, bias = (*args.values, None)[:3]  # numbers of arguments, a Packed of them
+    if not isinstance(w, Packed) or args.keywords.get("layout", "kn") != w.layout:
+        return False
+    parts: list[Any] = [w.codes, w.scales]
+    x, bias, shape = args.place(number), args.place(bias), step.shape()
+    x = x and x.reshaped(math.prod(shape[:-1]), shape[-1])
+    if x is None or bias is None or args.types[parts[1]].dtype.name not in _TYPES:
+        return False
+    if any(args.outside(part) is None for part in parts):
+        return False
+    former.places[step.outs[0]] = _product(former, args, x, w, bias)
+    return True
+
+
+def _product(former: Former, args: _Args, x: Place, w: Any, bias: Place) -> Place:
+    codes, scales, zeros = (args.slot(part) for part in (w.codes, w.scales, w.zeros))
+    assert codes and scales and zeros
+    digits = former.digits
+    quantized, block = _quantized(former, x, w.piece, digits)
+    y = room(x.rows, w.columns)
+    parts = [quantized, codes, scales, zeros, bias.slot]
+    numbers = [block, x.rows, x.width, w.columns, w.bits, w.group or w.extent, w.piece, digits]
+    words = [x, y, *parts, *numbers, _TYPES[args.types[w.scales].dtype.name]]
+    former.program.together(ops.LINEAR, words, [x.slot, *parts], y.slot)
+    return y
+
+
+def _quantized(former: Former, x: Place, piece: int, digits: int) -> tuple[Slot, int]:
+    """x as integers, made once for all products that read it; and the bytes of a row."""
+    pieces, wide = -(-x.width // piece), -(-x.width // 64) * 64
+    block = -(-(digits * wide + 8 * pieces + 4) // 64) * 64
+    key = (id(x.slot), x.offset, x.stride, x.rows, x.width, piece)
+    if key not in former.quantized:
+        slot = Slot(x.rows * block)
+        former.quantized[key] = slot
+        former.program.by_rows(ops.QUANTIZE, [x, slot, block, x.width, piece, digits], [x.slot], slot, x.rows)
+    return former.quantized[key], block
+
+
+def _rope(former: Former, step: Step, args: _Args) -> bool:
+    x, cos, sin = (args.place(number) for number in args.values)
+    if x is None or cos is None or sin is None:
+        return False
+    heads, width = step.shape()[2:]
+    half, y = step.shape(1)[-1], room(x.rows, x.width)
+    if cos.stride != half or sin.stride != half or cos.rows != x.rows or cos.offset or sin.offset:
+        return False
+    words = [x, y, cos.slot, sin.slot, heads, width, half, args.keywords.get("style", "half") == "interleaved"]
+    former.program.by_rows(ops.ROPE, words, [x.slot, cos.slot, sin.slot], y.slot, x.rows)
+    former.places[step.outs[0]] = y
+    return True
+
+
+def _append(former: Former, step: Step, args: _Args) -> bool:
+    """A row of a cache [b*g,S,d] for each new token, in place: nothing else may read the old cache."""
+    old, new, lengths = args.values
+    x, cache, at = args.place(new), args.outside(old), args.outside(lengths)
+    if x is None or cache is None or at is None or cache.dtype != np.float32 or cache.ndim != 3:
+        return False
+    _, tokens, heads, width = step.shape(1)
+    if former.last[args.atoms[old]] != former.at or former.program.takes(cache):
+        return False
+    slot = former.program.update(cache)
+    counts = former.program.input(at)
+    words = [x, slot, counts, tokens, heads, width, cache.shape[1]]
+    former.program.by_rows(ops.APPEND, words, [x.slot, counts], slot, x.rows)
+    former.places[step.outs[0]] = Place(slot, 1, cache.size, cache.size)
+    former.caches[step.outs[0]] = slot
+    return True
+
+
+def _attention(former: Former, step: Step, args: _Args) -> bool:
+    q, *stored = args.values[:3]
+    x = args.place(q)
+    keys, values = (_cache_of(former, args.atoms[number]) for number in stored)
+    positions = args.outside(args.values[3])
+    if x is None or keys is None or values is None or positions is None or positions.dtype != np.int32:
+        return False
+    batch, tokens, heads, width = step.shape()
+    _, capacity, groups, value_width = step.shape(2)
+    y, where = room(x.rows, heads * value_width), former.program.input(positions)
+    sizes = [batch, tokens, heads, groups, width, value_width, capacity, args.keywords.get("window", 0)]
+    numbers = [float(args.keywords.get("scale", 1.0)), float(args.keywords.get("softcap", 0.0))]
+    words = [x, y, keys, values, where, *sizes, *numbers]
+    former.program.together(ops.ATTENTION, words, [x.slot, keys, values, where], y.slot)
+    former.places[step.outs[0]] = y
+    return True
+
+
+def _cache_of(former: Former, atom: Any) -> Slot | None:
+    """The cache [b*g,S,d] that a value [b,S,g,d] is a view of."""
+    turn = former.views.get(atom)
+    if turn is None or turn.name != "transpose" or tuple(turn.params["permutation"]) != (0, 2, 1, 3):
+        return None
+    split = former.views.get(turn.ins[0])
+    if split is None or split.name != "reshape" or split.ins[0] not in former.caches:
+        return None
+    batch, heads, *rest = split.out().shape
+    return former.caches[split.ins[0]] if (batch * heads, *rest) == split.shape() else None
+
+
+def _map(former: Former, step: Step) -> bool:
+    """An elementwise function of values in the same rows, or of such a value and one number."""
+    if not _wide(step.out()) or (step.name == "integer_pow" and step.params["y"] not in (2, 3)):
+        return False
+    rows, width = rows_of(step.out().shape)
+    found = [_operand(former, step, i, rows, width) for i in range(len(step.ins))]
+    operands = [operand for operand in found if operand is not None]
+    if len(operands) < len(found):
+        return False
+    operands += [(_NONE, 0, 0.0)] * (2 - len(operands))
+    (a, a_step, first), (b, b_step, second) = operands
+    y = room(rows, width)
+    words = [y, a, b, _function(step), width, a_step, b_step, first + second]
+    former.program.by_rows(ops.MAP, words, [a.slot, b.slot], y.slot, rows)
+    former.places[step.outs[0]] = y
+    return True
+
+
+def _function(step: Step) -> int:
+    """Its number in rowops.h."""
+    square = step.name == "integer_pow" and step.params["y"] == 2
+    return FUNCTIONS.index("square" if square else step.name)
+
+
+def _operand(former: Former, step: Step, i: int, rows: int, width: int) -> tuple[Place, int, float] | None:
+    """Place, step (0: one number for all) and, for a literal, the number."""
+    atom, shape = step.ins[i], step.shape(i)
+    if isinstance(atom, Literal):
+        return (_NONE, 0, float(np.asarray(atom.val))) if np.ndim(atom.val) == 0 else None
+    place = former.place(atom)
+    if place is None or step.eqn.invars[i].aval.dtype != np.float32:  # pyright: ignore[reportAttributeAccessIssue]
+        return None
+    if not shape:
+        return Place(place.slot, 1, 1, 0, place.offset), 0, 0.0
+    lies = place.reshaped(rows, width)
+    return None if lies is None else (lies, 1, 0.0)
+
+
+def _reshape(former: Former, step: Step) -> bool:
+    """The same numbers in the same rows, or in others where they lie so."""
+    place = former.places.get(step.ins[0])
+    if place is None or step.ins[0] in former.caches or not _wide(step.out()):
+        return False
+    lies = place.reshaped(*rows_of(step.out().shape))
+    if lies is None:
+        return False
+    former.places[step.outs[0]] = lies
+    return True
+
+
+def _slice(former: Former, step: Step) -> bool:
+    """Some of the last axis of a value of up to three axes."""
+    place, shape = former.places.get(step.ins[0]), step.shape()
+    start, limit = step.params["start_indices"], step.params["limit_indices"]
+    strides = step.params["strides"]
+    rest = all(a == 0 and b == n for a, b, n in zip(start[:-1], limit[:-1], shape[:-1]))
+    if place is None or not rest or len(shape) > 3 or (strides is not None and set(strides) != {1}):
+        return False
+    former.places[step.outs[0]] = place.columns(start[-1], limit[-1])
+    return True
+
+
+def _split(former: Former, step: Step) -> bool:
+    place, shape = former.places.get(step.ins[0]), step.shape()
+    if place is None or len(shape) > 3 or step.params["axis"] != len(shape) - 1:
+        return False
+    start = 0
+    for number, size in zip(step.outs, step.params["sizes"], strict=True):
+        former.places[number] = place.columns(start, start + size)
+        start += size
+    return True
+
+
+def _argmax(former: Former, step: Step) -> bool:
+    """Over the last axis of [rows, width]; NaN counts as the largest, as in XLA."""
+    place, shape = former.places.get(step.ins[0]), step.shape()
+    wanted = step.params["axes"] == (len(shape) - 1,) and step.params["index_dtype"] == np.int32
+    if place is None or not wanted or len(shape) != 2:
+        return False
+    y = Place(Slot(4 * place.rows, dtype="int32"), place.rows, 1, 1)
+    former.program.by_rows(ops.ARGMAX, [place, y.slot, place.width], [place.slot], y.slot, place.rows)
+    former.places[step.outs[0]] = y
+    return True
+
+
+_LAYERS: dict[str, Callable[[Former, Step, _Args], bool]] = {
+    "norm": _norm, "linear": _linear, "rope": _rope, "append": _append, "attention": _attention,
+}  # fmt: skip
+
+_OTHERS: dict[str, Callable[[Former, Step], bool]] = {
+    "reshape": _reshape, "squeeze": _reshape, "expand_dims": _reshape, "slice": _slice, "split": _split,
+    "argmax": _argmax,
+}  # fmt: skip

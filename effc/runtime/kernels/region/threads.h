@@ -1,0 +1,122 @@
+// Stages run by threads that meet between them.
+//
+// Each stage has tasks that threads take one after another; a stage begins when all tasks of the one
+// before are done. A thread of the pool that comes late joins where the work is, one that never comes is
+// not waited for: whoever calls can finish alone.
+
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "attention.h"
+#include "linear.h"
+#include "rowops.h"
+
+namespace effc {
+
+constexpr int64_t kTogether = 8;   // rows that are not worth sharing
+constexpr int kPatience = 1 << 14;  // turns before a waiting thread offers its processor
+
+inline void Pause() {
+#ifdef EFFC_X86
+  _mm_pause();
+#endif
+}
+
+struct alignas(64) Progress {
+  std::atomic<int64_t> next{0}, done{0};
+};
+
+class Work {
+ public:
+  Work(const int64_t* words, Memory memory, int64_t threads) : memory_(std::move(memory)), threads_(threads) {
+    const auto* header = reinterpret_cast<const Header*>(words);
+    const int64_t* at = words + sizeof(Header) / sizeof *words;
+    for (int64_t i = 0; i < header->stages; ++i) {
+      stages_.push_back(reinterpret_cast<const Stage*>(at));
+      at += stages_.back()->words;
+    }
+    progress_ = std::vector<Progress>(stages_.size());
+  }
+
+  // Until every stage is done, whoever did it.
+  void Go() {
+    for (size_t i = 0; i < stages_.size(); ++i) {
+      Progress& progress = progress_[i];
+      const int64_t count = Tasks(*stages_[i]);
+      for (int64_t task; progress.done.load(std::memory_order_acquire) < count;) {
+        if (progress.next.load(std::memory_order_relaxed) >= count || (task = progress.next.fetch_add(1)) >= count) {
+          Wait(progress, count);
+          break;
+        }
+        RunTask(*stages_[i], task);
+        progress.done.fetch_add(1, std::memory_order_release);
+      }
+    }
+  }
+
+ private:
+  static void Wait(const Progress& progress, int64_t count) {
+    for (int turn = 0; progress.done.load(std::memory_order_acquire) < count; ++turn) {
+      turn < kPatience ? Pause() : std::this_thread::yield();
+    }
+  }
+
+  static const Op* First(const Stage& stage) { return reinterpret_cast<const Op*>(&stage + 1); }
+  static const Op* Next(const Op* op) {
+    return reinterpret_cast<const Op*>(reinterpret_cast<const int64_t*>(op) + op->words);
+  }
+
+  int64_t RowsOfTask(const Stage& stage) const {
+    return stage.rows <= kTogether ? stage.rows : std::max<int64_t>(1, stage.rows / (4 * threads_));
+  }
+
+  int64_t Tasks(const Stage& stage) const {
+    if (stage.rows) return (stage.rows + RowsOfTask(stage) - 1) / RowsOfTask(stage);
+    int64_t total = 0;
+    const Op* op = First(stage);
+    for (int64_t i = 0; i < stage.ops; ++i, op = Next(op)) total += Tasks(*op);
+    return total;
+  }
+
+  int64_t Tasks(const Op& op) const {
+    if (op.code == kLinear) return effc::Tasks(static_cast<const Linear&>(op), memory_, threads_);
+    return effc::Tasks(static_cast<const Attention&>(op));
+  }
+
+  void RunTask(const Stage& stage, int64_t task) const {
+    const Op* op = First(stage);
+    if (stage.rows) {
+      const int64_t each = RowsOfTask(stage), start = task * each, stop = std::min(stage.rows, start + each);
+      for (int64_t i = 0; i < stage.ops; ++i, op = Next(op)) {
+        for (int64_t row = start; row < stop; ++row) RunRow(*op, row);
+      }
+      return;
+    }
+    for (int64_t count; task >= (count = Tasks(*op)); op = Next(op)) task -= count;
+    if (op->code == kLinear) return Run(static_cast<const Linear&>(*op), memory_, threads_, task);
+    Run(static_cast<const Attention&>(*op), memory_, task);
+  }
+
+  void RunRow(const Op& op, int64_t row) const {
+    switch (op.code) {
+      case kNorm: return Run(static_cast<const Norm&>(op), memory_, row);
+      case kQuantize: return Run(static_cast<const Quantize&>(op), memory_, row);
+      case kRope: return Run(static_cast<const Rope&>(op), memory_, row);
+      case kAppend: return Run(static_cast<const Append&>(op), memory_, row);
+      case kMap: return Run(static_cast<const Map&>(op), memory_, row);
+      case kArgmax: return Run(static_cast<const Argmax&>(op), memory_, row);
+    }
+  }
+
+  const Memory memory_;
+  const int64_t threads_;
+  std::vector<const Stage*> stages_;
+  std::vector<Progress> progress_;
+};
+
+}  // namespace effc
