@@ -98,6 +98,7 @@ class _Emitter:
         lines += [f"from effc.runtime.layers import {', '.join(layers)}"] * bool(layers)
         lines += ["from effc.runtime.primitives import LAX"] * ("LAX" in used)
         lines += ["from effc.runtime.program import run"]
+        lines += ["from effc.runtime.recursion import recurse"] * ("recurse" in used)
         looking = sorted(used & {"window", "running", "recur"})
         lines += [f"from effc.runtime.window import {', '.join(looking)}"] * bool(looking)
         return "\n".join(lines) + "\n"

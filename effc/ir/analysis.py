@@ -91,11 +91,21 @@ def runs(module: Module, func: str = "") -> Counter[str]:
 
 def _calls(module: Module, func: Func) -> Iterator[tuple[Func, int]]:
     for op in walk(func):
-        times = attribute(op, "times") if op.kind == "repeat" else 1
-        assert isinstance(times, int)
+        times = _times(op)
         for value in op.attrs.values():
             if isinstance(value, Ref) and value.name in module.funcs:
                 yield module.funcs[value.name], times
+
+
+def _times(op: Op) -> int:
+    """How often the block of an op runs for a token; of routed runs the share that capacity allows."""
+    times, span = attribute(op, "times"), attribute(op, "span")
+    if op.kind == "repeat":
+        return times if isinstance(times, int) else 1
+    capacity = op.attrs.get("capacity")
+    if op.kind != "recurse" or not isinstance(capacity, tuple) or not isinstance(span, int):
+        return 1
+    return round(span * sum(share for share in capacity if isinstance(share, (int, float))))
 
 
 def weight_bytes_per_token(module: Module, func: str = "") -> int:

@@ -16,6 +16,7 @@ from jax import Array
 
 from effc.errors import EffcError
 from effc.ir.core import Attr, Func, Op, Ref
+from effc.ir.routed import Routed
 from effc.ir.types import Dim, Type, evaluate
 from effc.runtime import layers, primitives
 from effc.runtime.qarray import QArray
@@ -34,6 +35,7 @@ class Context:
     cache: dict[str, tuple[Array, ...]] | None = None  # by op and run of its block; None: no earlier tokens
     capacity: int = 0
     weights: Mapping[str, Weight] = field(default_factory=dict[str, Weight])  # by name: what regions read
+    routed: Routed | None = None  # in a layer that only some tokens run
 
 
 def concrete(attr: Attr | Ref, sizes: Sizes) -> Any:
@@ -104,6 +106,8 @@ def _attention(
     q, k, v, *extra = operands
     attrs = {key: value for key, value in attrs.items() if key != "mask"}
     bias = _bias(op.regions["bias"], extra, context) if "bias" in op.regions else None
+    if context.routed is not None:
+        return [context.routed.attend(op, q, k, v, context.positions, bias, attrs)]
     k, v = _kept(op, (k, v), context)
     return [layers.attention(q, k, v, context.positions, bias, **attrs)]
 

@@ -146,6 +146,18 @@ def _repeat(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple
     return tuple(inputs[:carry])
 
 
+def _recurse(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
+    x, router, times, capacity = inputs[0], params["router"], op.attrs["times"], op.attrs["capacity"]
+    assert isinstance(times, int)
+    rows = times if op.attrs.get("select") == "token" else times - 1
+    _want(times > 1, f"times={times}, want 2 or more")
+    _want(router.shape == (rows, x.shape[-1]), f"router is {router}, want shape [{rows},{x.shape[-1]}]")
+    shares = list(capacity) if isinstance(capacity, tuple) else list[Attr]()
+    ok = len(shares) == times and all(isinstance(s, (int, float)) and 0 < s <= 1 for s in shares) and shares[0] == 1
+    _want(ok, f"capacity={capacity}, want {times} shares of 0 to 1, the first 1")
+    return (x,)
+
+
 def _broadcast(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
     """Equal ranks; a size of 1 stretches."""
     shape: list[Size] = []
@@ -208,6 +220,13 @@ _ROWS = [
          "run `keys` on the x that left, which keeps what later tokens see"),
     _row("keep", "x*", "", "", lambda op, i, p: tuple(i), _C,
          "keep rows [b,t,...] of every token as attention keeps k and v; gives them back"),
+    _row("recurse", "x*", "router", "block:ref times:int span:int capacity:any start:int=0 order:ints=() "
+         "select:expert|token=expert gate:delta|paper=delta alpha:float=0.0 slack:int=16 "
+         "kv:recursion|shared=recursion", _recurse, _C,
+         "`times` runs over `span` layers, layer start+r*span+i in run r as in repeat, every run but the first on "
+         "the tokens that the router lets go on: expert x.router[r-1] > 0, token the row with the highest x.router; "
+         "at most capacity[r] of them plus slack; gate delta x+g*(f(x)-x), paper x+g*f(x), g = alpha*sigmoid or 1; "
+         "kv recursion: a run attends to the tokens that ran it, shared: to what the first run kept"),
     _row("call", "x*", "", "func:ref", _declared, _C, "the results of another function of the module"),
     _row("running", "x", "", "fn:sum|prod|max|min|logsumexp=sum", _same, _C,
          "total of x[b,t,...] over this and all earlier tokens; keeps every token's total"),

@@ -294,7 +294,13 @@ def _recurse(module: Module, store: Mapping[str, Reads], op: Op, states: Sequenc
 
 
 def _routed_layer(
-    block: Func, sizes: tuple[tuple[str, int], ...], positions: Array, weights: Any, operands: Any, on: Any, borrowed: Any
+    block: Func,
+    sizes: tuple[tuple[str, int], ...],
+    positions: Array,
+    weights: Any,
+    operands: Any,
+    on: Any,
+    borrowed: Any,
 ) -> tuple[Array, routed.Keys]:
     """A layer of which some tokens are on: states after it, and the keys and values it made."""
     how = routed.Routed(on, borrowed)

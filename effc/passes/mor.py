@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from effc.ir.core import Module
-from effc.passes import mor_fold
+from effc.passes import mor_fold, mor_route
 from effc.passes.base import Exactness, Notes, Pass, PassError, Phase, option
 from effc.passes.mor_fold import Fold, find_stack
+from effc.passes.mor_route import Routes
 from effc.passes.mor_sharing import chosen, fold
 from effc.weights import Lazy, Store, nbytes
 
@@ -27,7 +28,7 @@ class Mor(Pass):
     name: ClassVar[str] = "mor"
     phase: ClassVar[Phase] = Phase.FOLD
     exactness: ClassVar[Exactness] = Exactness.LOSSY
-    writes: ClassVar[frozenset[str]] = frozenset({"repeat", "linear", "lax.add"})
+    writes: ClassVar[frozenset[str]] = frozenset({"repeat", "recurse", "linear", "lax.add"})
 
     recursions: int = option(2, "how often the shared layers run")
     share: Literal["cycle", "sequence", "middle-cycle", "middle-sequence"] = option(
@@ -39,17 +40,34 @@ class Mor(Pass):
     )
     rank: str = option("0", "rank of the low-rank delta each layer keeps; full is exact")
     norms: Literal["own", "shared"] = option("own", "whether each layer keeps its vectors (norm scales, biases)")
+    router: Literal["none", "expert", "token"] = option(
+        "none", "who decides how often a token recurs: nobody, a router a depth, or one router at the start"
+    )
+    capacity: float = option(0.0, "share of the tokens that the last depth takes; 0 is one in `recursions`")
+    kv: Literal["recursion", "shared"] = option(
+        "recursion", "whether a depth keeps keys of its own or reads the first's"
+    )
     baseline: bool = option(False, "also train a model of as many layers as there are arrays, half of the time each")
     uneven: bool = option(False, "leave the last layers as they are where the span does not divide")
 
     def requires(self, module: Module) -> None:
-        self.fold(module)
+        fold = self.fold(module)
+        if self.routes:
+            mor_route.check(self.routes, fold.folding, fold.stack.op, fold.stack.block)
+
+    @property
+    def routes(self) -> Routes | None:
+        """How tokens are routed, where they are."""
+        return None if self.router == "none" else Routes(self.router, self.capacity, self.kv)
 
     def run(self, module: Module, notes: Notes) -> Module:
-        return mor_fold.folded(module, self.fold(module), notes)
+        fold = self.fold(module)
+        after = mor_fold.folded(module, fold, notes)
+        return mor_route.routed(after, self.routes, fold.folding, notes) if self.routes else after
 
     def made(self, before: Module, after: Module, store: Store) -> list[Lazy]:
-        return mor_fold.made(self.fold(before), after, store)
+        routers = [mor_route.made(after.params[mor_route.ROUTER])] if self.routes else []
+        return [*mor_fold.made(self.fold(before), after, store), *routers]
 
     def ensures(self, before: Module, after: Module) -> None:
         if self.rank == "0" and nbytes(after) >= nbytes(before):

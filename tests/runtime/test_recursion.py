@@ -1,0 +1,129 @@
+"""Routed recursion: emitted programs against the dense meaning, decoding against prefill, nothing from the future."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effc.backend.to_python import emit, load_program
+from effc.ir.core import Module
+from effc.ir.parser import parse
+from effc.ir.stream import run
+from effc.passes import runner
+from effc.pipeline import Pipeline
+from effc.runtime.cache import Cache
+from effc.runtime.engine import Engine
+from effc.runtime.recursion import Depth, mean_depth
+from effc.runtime.weights import load_params
+from effc.weights import Lazy, Store, parts, write_safetensors
+
+TINY = (Path(__file__).parents[1] / "passes" / "tiny.effc").read_text()
+TOKENS = np.random.default_rng(3).integers(0, 160, (2, 40)).astype(np.int32)
+
+
+def folded(passes: str) -> Module:
+    module = parse(TINY.replace("2 * f32", "6 * f32").replace("times=2", "times=6"))
+    return runner.run(module, Pipeline.parse(passes).ordered())[-1].after
+
+
+def store_of(module: Module, router: float = 1.0) -> Store:
+    """Random arrays; a router of 0 knows nothing."""
+
+    def lazy(name: str) -> Lazy:
+        param = module.params[name]
+        part = parts(param.type)[""]
+
+        def read(layer: int) -> Mapping[str, np.ndarray]:
+            rng = np.random.default_rng([*name.encode(), layer])
+            drawn = rng.standard_normal(part.shape).astype(np.float32)
+            return {"": drawn * router if name == "routers.w" else 0.1 * drawn + (len(part.shape) == 1)}
+
+        return Lazy(param, read)
+
+    return Store({name: lazy(name) for name in module.params})
+
+
+def engine(module: Module, store: Store, folder: Path) -> Engine:
+    program = load_program(emit(module))
+    (file,) = write_safetensors(folder / "w.safetensors", module, store)
+    return Engine(program, load_params(file, program.params))
+
+
+def in_pieces(machine: Engine, tokens: np.ndarray, sizes: list[int], room: int = 64) -> tuple[np.ndarray, Cache]:
+    cache, out, start = machine.empty(len(tokens), room), list[Any](), 0
+    for size in sizes:
+        logits, cache = machine.extend(jnp.asarray(tokens[:, start : start + size]), cache)
+        out.append(np.asarray(logits))
+        start += size
+    return np.concatenate(out, axis=1), cache
+
+
+ROUTED = ["mor{router=expert}", "mor{router=expert,kv=shared}", "mor{router=token,share=cycle,recursions=3}"]
+
+
+@pytest.mark.parametrize("passes", ROUTED)
+def test_emitted_is_the_dense_meaning_and_decoding_is_prefill(passes: str, tmp_path: Path) -> None:
+    module = folded(passes)
+    store = store_of(module)
+    wanted = np.asarray(run(module, store, jnp.asarray(TOKENS)))
+    machine = engine(module, store, tmp_path)
+    whole = np.asarray(machine.forward(machine.params, jnp.asarray(TOKENS)))
+    np.testing.assert_allclose(whole, wanted, rtol=3e-4, atol=3e-4)
+    pieces, cache = in_pieces(machine, TOKENS, [24, 1, 1, 8, 1, 5])
+    np.testing.assert_allclose(pieces, wanted, rtol=3e-4, atol=3e-4)
+    assert 1 < float(mean_depth(cache)) < 3
+
+
+def test_later_tokens_move_nothing_before_them(tmp_path: Path) -> None:
+    module = folded("mor{router=expert,capacity=0.3}")
+    machine = engine(module, store_of(module), tmp_path)
+    changed = TOKENS.copy()
+    changed[:, 20:] = 7
+    one, two = (np.asarray(machine.forward(machine.params, jnp.asarray(t))) for t in (TOKENS, changed))
+    np.testing.assert_array_equal(one[:, :20], two[:, :20])
+    assert np.abs(one[:, 20:] - two[:, 20:]).max() > 0.01
+
+
+def test_padding_is_not_routed(tmp_path: Path) -> None:
+    module = folded("mor{router=expert}")
+    machine = engine(module, store_of(module), tmp_path)
+    ragged = [17, 9]
+    logits, cache = machine.extend(jnp.asarray(TOKENS[:, :24]), machine.empty(2, 64), jnp.asarray(ragged))
+    following, _ = machine.extend(jnp.asarray(TOKENS[:, 30:31]), cache)
+    for row, length in enumerate(ragged):
+        alone = np.concatenate([TOKENS[row, :length], TOKENS[row, 30:31]])[None]
+        wanted = np.asarray(machine.forward(machine.params, jnp.asarray(alone)))[0]
+        np.testing.assert_allclose(logits[row, 0], wanted[-2], rtol=3e-4, atol=3e-4)
+        np.testing.assert_allclose(following[row, 0], wanted[-1], rtol=3e-4, atol=3e-4)
+
+
+def test_a_full_capacity_is_the_plain_recursion(tmp_path: Path) -> None:
+    plain, full = folded("mor"), folded("mor{router=expert,capacity=1}")
+    store = store_of(full)
+    np.testing.assert_allclose(
+        run(full, store, jnp.asarray(TOKENS)), run(plain, store, jnp.asarray(TOKENS)), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_memory_is_what_the_formula_says(tmp_path: Path) -> None:
+    """(N+1)/(2N) of the keys of a plain recursion where depths keep their own, 1/N where they share the first's."""
+
+    def rows(passes: str) -> int:
+        module = folded(passes)
+        machine = engine(module, store_of(module), tmp_path)
+        cache = machine.empty(1, 1024)
+        deep = [entry for entry in cache.entries if isinstance(entry, Depth)]
+        return sum(x.size for x in jax.tree.leaves([e.entries for e in deep])) + sum(
+            x.size for e in cache.entries if not isinstance(e, Depth) for x in e.values
+        )
+
+    full = rows("mor{share=cycle,recursions=3}")
+    own = rows("mor{share=cycle,recursions=3,router=expert}")
+    assert own / full == pytest.approx(4 / 6, abs=0.015)  # and 16 rows of slack and a spare one a depth
+    assert rows("mor{share=cycle,recursions=3,router=expert,kv=shared}") / full == pytest.approx(1 / 3)
