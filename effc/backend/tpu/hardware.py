@@ -29,7 +29,7 @@ _GIB, _MIB = 2**30, 2**20
 GENERATIONS = {
     g.name: g
     for g in (
-        # v5e and v6e clocks: public peaks over the multiply-adds a cycle that schedules show. The others: public figures.
+        # Clocks of v5e and v6e: public peaks over the multiply-adds a cycle in schedules; the others: public figures.
         Generation("v4", 1.05e9, 1228e9, 32 * _GIB, 16 * _MIB),
         Generation("v5e", 1.50e9, 819e9, 16 * _GIB, 128 * _MIB),
         Generation("v5p", 1.75e9, 2765e9, 95 * _GIB, 64 * _MIB),

@@ -18,6 +18,7 @@ _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]{2})? *: *(?:> ?)*\{")
 _BRANCH = re.compile(r"sbr\.rel \((!)?%p[^)]*\) target bundleno = (\d+)|sbr\.rel target bundleno = (\d+)")
 _TEST = re.compile(r"scmp\.ge\.s32\.totalorder %\S+, (\d+) /\* loop exit test \*/")
 _DELAY_SLOTS = 4
+_PIPELINE_STAGES = 2
 _PIPELINE = 0.4
 """A skip over this much of the loop is the pipeline's own predicate: the step itself."""
 
@@ -61,10 +62,8 @@ def parse(name: str, bundles: str, utilization: str) -> Kernel | Unparsed:
     if len(code) != len(rows):
         return Unparsed(name, f"{len(code)} bundles but {len(rows)} rows of use")
     loop = _outer_loop(code)
-    if loop is None:
-        return Unparsed(name, "no loop over a grid")
-    start, stop = loop
-    trip = _trip(code[start:stop])
+    start, stop = loop or (0, len(code))  # a grid of one step has no loop
+    trip = _trip(code[start:stop]) if loop else _PIPELINE_STAGES + 1
     if trip is None:
         return Unparsed(name, "steps depend on data")
     inner = _inner_loops(code, start, stop)
@@ -73,7 +72,7 @@ def parse(name: str, bundles: str, utilization: str) -> Kernel | Unparsed:
     skipped = _skipped(code, start, stop)
     weights = [_weight(at, skipped, inner) for at in range(start, stop)]
     units = _units(rows[start:stop], weights)
-    return Kernel(name, sum(weights), trip - 2, units, _spills(rows[start:stop]))
+    return Kernel(name, sum(weights), trip - _PIPELINE_STAGES, units, _spills(rows[start:stop]))
 
 
 @dataclass(frozen=True)
@@ -158,10 +157,7 @@ def _weight(at: int, skipped: Sequence[tuple[int, int]], inner: Sequence[tuple[i
 
 
 def _units(rows: Sequence[_Row], weights: Sequence[int]) -> dict[str, float]:
-    return {
-        unit: sum(w * row.use.get(unit, 0.0) for w, row in zip(weights, rows, strict=True))
-        for unit in UNITS
-    }
+    return {unit: sum(w * row.use.get(unit, 0.0) for w, row in zip(weights, rows, strict=True)) for unit in UNITS}
 
 
 def _spills(rows: Sequence[_Row]) -> int:

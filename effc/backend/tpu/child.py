@@ -1,0 +1,139 @@
+"""Compile one program for a TPU and say what came of it: `python -m effc.backend.tpu.child < request.json`.
+
+A process of its own: the compiler reads its options from the environment once, and writes its dumps to
+one folder. Prints JSON. `request`: program (source), target, batch, context, calls (name -> tokens a call).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from effc.backend.tpu import schedule
+
+_OP = re.compile(r"^ +(?:ROOT )?%\S+ = (\S+) ([a-z\-]+)\(", re.MULTILINE)
+_FREE = frozenset({"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-done", "after-all"})
+
+
+def environment(dump: Path) -> dict[str, str]:
+    """What the TPU compiler wants to find where there is no TPU."""
+    flags = {
+        "dump_to": str(dump), "dump_llo_text": "true", "emit_annotations": "true", "debug_level": "2",
+    }  # fmt: skip
+    return {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "LIBTPU_INIT_ARGS": " ".join(f"--xla_jf_{name}={value}" for name, value in flags.items()),
+    }
+
+
+def main() -> None:
+    """One request on standard input."""
+    request = json.load(sys.stdin)
+    dump = Path(request["dump"])
+    space: dict[str, Any] = {"__name__": "effc_program"}
+    exec(compile(request["program"], "program.py", "exec"), space)
+    results = {name: compiled(space, tokens, request, dump / name) for name, tokens in request["calls"].items()}
+    json.dump(results, sys.stdout)
+
+
+def compiled(space: Mapping[str, Any], tokens: int, request: Mapping[str, Any], dump: Path) -> dict[str, Any]:
+    """`extend` of `tokens` tokens a sequence: kernels, memory, the ops around."""
+    lowered, calls = _lowered(space, tokens, request)
+    done = lowered.compile()
+    memory, text = done.memory_analysis(), done.as_text()
+    cost = done.cost_analysis() or {}
+    counts = Counter(call.name for call in calls)
+    kernels = [_kernel(dump.parent, call, counts[call.name]) for call in dict.fromkeys(calls)]
+    return {
+        "tokens": tokens * request["batch"],
+        "kernels": kernels,
+        "ops": dict(_ops(text)),
+        "copies": _weight_copies(text, lowered),
+        "bytes_accessed": cost.get("bytes accessed", 0.0),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "program_bytes": memory.generated_code_size_in_bytes,
+    }
+
+
+def _lowered(space: Mapping[str, Any], tokens: int, request: Mapping[str, Any]) -> tuple[Any, Sequence[Any]]:
+    import jax
+    import jax.numpy as jnp
+
+    from effc.backend.tpu.abstract import abstract_params
+    from effc.runtime.cache import cache_shapes, empty_cache
+    from effc.runtime.kernels import on_tpu
+
+    batch, extend = request["batch"], space["extend"]
+    params = abstract_params(space["PARAMS"])
+    cache = jax.eval_shape(lambda: empty_cache(cache_shapes(extend, params, batch), request["context"]))
+    ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
+    place = _placed(request["target"])
+    with on_tpu.traced() as calls:
+        lowered = jax.jit(extend, donate_argnums=2).lower(*(place(tree) for tree in (params, ids, cache)))
+    return lowered, calls
+
+
+def _placed(target: str) -> Callable[[Any], Any]:
+    """Shapes on one device of a topology that need not be there."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    devices = topologies.get_topology_desc(target, platform="tpu").devices
+    there = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
+
+    def place(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), tree)
+
+    return place
+
+
+def _kernel(dump: Path, call: Any, count: int) -> dict[str, Any]:
+    found = schedule.read(dump, call.name)
+    own = {"name": call.name, "calls": count, "step_bytes": call.step_bytes, "steps": call.steps}
+    if isinstance(found, schedule.Unparsed):
+        return own | {"unparsed": found.why}
+    return own | {"cycles": found.step, "units": found.units, "spills": found.spills}
+
+
+def _ops(text: str) -> Counter[str]:
+    """What the scheduled entry computation runs, by kind; what costs nothing left out."""
+    entry = text[text.index("\nENTRY ") :]
+    return Counter(kind for _, kind in _OP.findall(entry) if kind not in _FREE)
+
+
+def _weight_copies(text: str, lowered: Any) -> list[str]:
+    """Copies, transposes and slices of whole coded weights: these should be read where they lie.
+
+    A copy into space 1 is the weight's one way from HBM to VMEM, ahead of the kernel that reads it.
+    """
+    import jax
+
+    short = {"int4": "s4", "int8": "s8"}
+    shapes = {
+        f"{short[str(leaf.dtype)]}[{','.join(map(str, leaf.shape))}]"
+        for leaf in jax.tree.leaves(lowered.args_info)
+        if str(leaf.dtype) in short
+    }
+    entry = text[text.index("\nENTRY ") :]
+    kinds = {"copy", "copy-start", "transpose", "dynamic-slice"}
+    found = [(t, kind) for t, kind in _OP.findall(entry) if kind in kinds and "S(1)" not in t]
+    return [f"{kind} {t}" for t, kind in found if any(shape in t for shape in shapes)]
+
+
+if __name__ == "__main__":
+    os.environ.update(environment(Path(sys.argv[1])))
+    main()

@@ -1,0 +1,108 @@
+"""Reading the TPU compiler's schedules, and the estimate made of them; dumps are small, made up, of the real form."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from effc.backend.tpu import ahead, schedule
+from effc.backend.tpu.abstract import abstract_params
+from effc.backend.tpu.estimate import estimate
+from effc.backend.tpu.hardware import generation
+from effc.errors import EffcError
+from effc.ir.parser import parse
+
+CAPACITY = "== CAPACTIY:\nMATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU\n"
+CAPACITY += "    4     4     3     4     2     1     3     3     1     1     2\n== UTILIZATION:\n"
+
+
+def dump(loop: int, trip: int, skip: tuple[int, int] | None = None) -> tuple[str, str]:
+    """A kernel of 3 bundles, a loop of `loop` bundles (4 delay slots among them) that tests for `trip`, and 2 after."""
+    total, back = 3 + loop + 2, 3 + loop - 5
+    lines = []
+    for at in range(total):
+        text = "%1 = vadd.f32 %2, %3"
+        if skip and at == skip[0]:
+            text = f"%7 = sbr.rel (%p8) target bundleno = {skip[1]} (0x0), region = 4"
+        if at == back - 1:
+            text = f"%p20_p7 = scmp.ge.s32.totalorder %s7, {trip} /* loop exit test */"
+        if at == back:
+            text = "%22 = sbr.rel (!%p20_p7) target bundleno = 3 (0x3), region = 1"
+        lines.append(f"  {hex(at) if at else '0'}   : > {{ {text} }}")
+    return "\n".join(lines), CAPACITY + "\n".join(["2 4 0 2 0 0 0 1 0 0 0"] * total)
+
+
+def test_a_step_is_the_loop_and_its_trip_the_steps_and_two() -> None:
+    found = schedule.parse("k", *dump(loop=40, trip=10))
+    assert isinstance(found, schedule.Kernel)
+    assert (found.step, found.steps, found.spills) == (40, 8, 40)
+    assert found.units["MATMUL"] == 20 and found.units["MATPUSH"] == 40 and found.binding == ("MATPUSH", 40)
+
+
+def test_what_a_step_jumps_over_is_not_counted() -> None:
+    found = schedule.parse("k", *dump(loop=40, trip=10, skip=(10, 25)))
+    assert isinstance(found, schedule.Kernel) and found.step == 40 - 10  # 15 on less 5 of the branch itself
+
+
+def test_the_pipelines_own_stage_is_the_step() -> None:
+    found = schedule.parse("k", *dump(loop=40, trip=10, skip=(4, 36)))
+    assert isinstance(found, schedule.Kernel) and found.step == 40
+
+
+def test_no_number_is_given_where_the_dump_is_not_understood() -> None:
+    bundles, rows = dump(loop=40, trip=10)
+    found = schedule.parse("k", bundles, rows + "\n0 0 0 0 0 0 0 0 0 0 0")
+    assert isinstance(found, schedule.Unparsed) and "45 bundles but 46 rows" in found.why
+    untested = schedule.parse("k", bundles.replace("loop exit test", "another"), rows)
+    assert isinstance(untested, schedule.Unparsed) and "depend on data" in untested.why
+
+
+def test_an_estimate_is_fill_steps_and_what_is_around() -> None:
+    chip = generation("v5e:2x2")
+    kernel = {
+        "name": "k", "calls": 2, "step_bytes": 546_000.0, "steps": 8, "cycles": 500, "units": {"VALU": 400.0},
+        "spills": 0,
+    }  # fmt: skip
+    found = {
+        "tokens": 1, "kernels": [kernel], "ops": {"fusion": 4}, "copies": [], "bytes_accessed": 2 * 8 * 546_000 + 819e3,
+        "argument_bytes": 10**9, "temporary_bytes": 0, "program_bytes": 0,
+    }  # fmt: skip
+    made = estimate("decode", found, chip)
+    assert made.kernels[0].binding == "HBM" and made.kernels[0].ratio == pytest.approx(0.5, rel=1e-3)
+    assert made.kernels[0].seconds == pytest.approx(2 * (1000 + 7 * 1000 + 500) / 1.5e9, rel=1e-3)
+    assert made.around_seconds == pytest.approx(1e-6 + 4 * 0.5e-6) and made.fits
+    assert json.dumps(made.json())
+
+
+def test_a_target_of_no_known_generation() -> None:
+    with pytest.raises(EffcError, match=r"--target v5f:2x2: no such TPU, want one like .*; did you mean 'v5"):
+        generation("v5f:2x2")
+
+
+TINY = Path(__file__).parent.parent / "runtime" / "tiny.effc"
+
+
+def test_parameters_as_shapes_in_the_form_that_kernels_read() -> None:
+    table = {"layers": {"q": "3 * q4{group=32,sym,scale=f16}[64,48]"}, "norm": "f32[64]"}
+    tree = abstract_params(table)
+    assert len(tree["layers"]) == 3 and str(tree["layers"][0]["q"].codes.dtype) == "int4"
+    assert tree["layers"][0]["q"].scales.shape == (2, 48) and tree["norm"] == jax.ShapeDtypeStruct((64,), "float32")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")
+def test_without_the_compiler_it_says_what_to_install() -> None:
+    with pytest.raises(EffcError, match=r"pip install 'effc\[tpu\]'"):
+        ahead.compile_ahead(parse(TINY.read_text()), "v5e:2x2")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is not installed")
+@pytest.mark.parametrize("target", ["v5e:2x2", "v6e:2x2"])
+def test_the_real_compiler_takes_a_module(target: str) -> None:
+    made = ahead.compile_ahead(parse(TINY.read_text()), target, context=128)
+    assert [program.name for program in made.programs] == ["decode", "verify", "prefill"]
+    assert all(program.fits and program.seconds > 0 for program in made.programs)
