@@ -184,10 +184,10 @@ def _together(sides: Sequence[Side], text: Windows) -> Iterator[tuple[int, int, 
     """Logits of the same tokens from every side, a slice at a time."""
     # The smaller side first: what it keeps for its logits is held while the other's layers run.
     order = sorted(range(len(sides)), key=lambda i: nbytes(sides[i][0]))
-    streams = {i: _primed(_stream(sides[i], text)) for i in order}
-    for pieces in zip(*(streams[i] for i in range(len(sides))), strict=True):
-        assert len({(p.chunk, p.start, p.logits.shape) for p in pieces}) == 1
-        yield pieces[0].chunk, pieces[0].start, [p.logits for p in pieces]
+    streams = {i: _primed(pieces(sides[i], text)) for i in order}
+    for same in zip(*(streams[i] for i in range(len(sides))), strict=True):
+        assert len({(p.chunk, p.start, p.logits.shape) for p in same}) == 1
+        yield same[0].chunk, same[0].start, [p.logits for p in same]
 
 
 def _primed(stream: Iterator[Piece]) -> Iterator[Piece]:
@@ -197,7 +197,7 @@ def _primed(stream: Iterator[Piece]) -> Iterator[Piece]:
     return chain([first], stream)
 
 
-def _stream(side: Side, text: Windows) -> Iterator[Piece]:
+def pieces(side: Side, text: Windows) -> Iterator[Piece]:
     """Pieces of at most `rows` tokens, however many the evaluator gives at once."""
     module, store = side
     rows = max(16, SLICE_BYTES // (4 * vocab_of(module)))
@@ -228,8 +228,8 @@ def _sums() -> Callable[..., jax.Array]:
 
 def logits(side: Side, tokens: np.ndarray) -> np.ndarray:
     """f32[n,V] of tokens i32[1,n]."""
-    pieces = _stream(side, Windows((tokens,), 1))
-    return np.concatenate([np.asarray(piece.logits[0], np.float32) for piece in pieces])
+    found = pieces(side, Windows((tokens,), 1))
+    return np.concatenate([np.asarray(piece.logits[0], np.float32) for piece in found])
 
 
 def gap(before: np.ndarray, after: np.ndarray) -> float:

@@ -16,10 +16,12 @@ from effc.errors import EffcError, nearest
 from effc.passes import PASSES
 from effc.passes.base import Exactness, Pass
 
+_TWICE = "both code the same weights; keep one, e.g. quant4{rules=*.down:8} or mixed{bits=5} for a mix of widths"
+
 CONFLICTS: Mapping[frozenset[str], str] = {
-    frozenset(
-        {"quant4", "quant8"}
-    ): "both code the same weights; keep one, e.g. quant4{embed=8,head=8} for a mix of widths",
+    frozenset({"quant4", "quant8"}): _TWICE,
+    frozenset({"quant4", "mixed"}): _TWICE,
+    frozenset({"quant8", "mixed"}): _TWICE,
 }
 """Pairs that cannot run in one pipeline, and what to write instead. Every other pair is legal and tested."""
 

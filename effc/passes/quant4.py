@@ -13,4 +13,4 @@ class Quant4(WeightPass):
     """Weights of linears to 4-bit codes, a scale per `group` summed over; embeddings and head to 8 bits a row."""
 
     name: ClassVar[str] = "quant4"
-    bits: ClassVar[int] = 4
+    width: ClassVar[int] = 4

@@ -14,7 +14,7 @@ class Quant8(WeightPass):
     """Weights of linears, embeddings and head to 8-bit codes, a scale per output channel (or per `group`)."""
 
     name: ClassVar[str] = "quant8"
-    bits: ClassVar[int] = 8
+    width: ClassVar[int] = 8
 
     group: int = option(0, "weights that share a scale; 0 is a whole output channel")
     scale: Literal["f32", "f16", "bf16"] = option("f32", "dtype of the scales")

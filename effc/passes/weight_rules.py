@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from effc.errors import nearest
@@ -132,6 +132,13 @@ def _selected(module: Module, rules: Rules) -> list[str]:
     wanted = matching(rules.only, names, f"{rules.name}: only") if rules.only != "*" else set(names)
     wanted -= matching(rules.skip, names, f"{rules.name}: skip")
     return [name for name in names if name in wanted and len(module.params[name].type.shape) > 1]
+
+
+def kinds(module: Module, names: Iterable[str]) -> dict[str, set[str]]:
+    """What reads each of these parameters, as rules speak of it."""
+    head, uses = head_params(module), param_uses(module)
+    roles = {name: _role(uses[name], name in head) for name in names}
+    return {name: set() if isinstance(role, str) else role.kinds() for name, role in roles.items()}
 
 
 def _role(uses: Sequence[tuple[Func, Op, str]], head: bool) -> _Role | str:

@@ -25,12 +25,12 @@ TOKENS = 16384
 
 @dataclass(frozen=True)
 class WeightPass(Pass, ABC):
-    """Codes the weights of linears, embeddings and the head; passes differ in `bits` and in defaults."""
+    """Codes the weights of linears, embeddings and the head; passes differ in `width` and in defaults."""
 
     phase: ClassVar[Phase] = Phase.QUANTIZE
     exactness: ClassVar[Exactness] = Exactness.LOSSY
     writes: ClassVar[frozenset[str]] = frozenset()
-    bits: ClassVar[int]
+    width: ClassVar[int]
 
     group: int = option(32, "weights that share a scale; 0 is a whole output channel")
     sym: bool = option(True, "codes around zero; false adds a zero point a group")
@@ -61,7 +61,7 @@ class WeightPass(Pass, ABC):
         """The options as the planner takes them."""
         rules = parse_rules(f"{self.name}: rules", self.rules)
         return Rules(
-            self.name, self.bits, self.group, self.sym, self.scale, self.embed, self.head, self.only, self.skip, rules
+            self.name, self.width, self.group, self.sym, self.scale, self.embed, self.head, self.only, self.skip, rules
         )
 
     def made(self, before: Module, after: Module, store: Store) -> list[Lazy]:

@@ -1,0 +1,113 @@
+"""Weights to as many bits as their sensitivity deserves, within a budget."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from effc.ir.core import Module
+from effc.ir.types import Quant, evaluate
+from effc.passes.base import Notes, PassError, option
+from effc.passes.quant.budget import Choice, spend
+from effc.passes.quant.options import WeightPass
+from effc.passes.quant.rules import first
+from effc.passes.quant.sensitivity import harms, nbytes, sensitivity
+from effc.passes.quant.statistics import statistics
+from effc.passes.quant.text import calibration_tokens
+from effc.passes.weight_rules import fitting_group, kinds, plan, recoded
+from effc.weights import Store
+
+if TYPE_CHECKING:
+    from effc.passes.context import Context
+
+FORMS = ((4, 128), (4, 64), (4, 32), (4, 16), (8, 128), (8, 0))
+"""Bits and group that a parameter may get; 0 is a whole channel."""
+
+MEASURED = (4, 32)
+"""What sensitivity is measured at."""
+
+
+@dataclass(frozen=True)
+class Mixed(WeightPass):
+    """Each parameter in 4 or 8 bits and groups of 16 to 128: measures what hurts, then spends `bits` a weight."""
+
+    name: ClassVar[str] = "mixed"
+    width: ClassVar[int] = 4
+
+    bits: float = option(4.5, "bits a weight to spend over all that is coded, scales included")
+    probe: int = option(1024, "tokens of text that sensitivity is measured on")
+    method: Literal["mse", "absmax", "percentile", "gptq", "awq", "awq+gptq"] = option("gptq", "as of quant4")
+
+    def run(self, module: Module, notes: Notes) -> Module:
+        """Without arrays every weight is taken to be as sensitive as any other."""
+        quants = plan(module, self.asked(), notes)
+        open_ = self._open(module, quants)
+        if open_:
+            notes.chose("sensitivity is not measured yet: all weights are taken to hurt alike")
+            alike = {n: [_steps(q) * _weights(module, n) for q in forms] for n, forms in open_.items()}
+            quants |= self._spent(module, quants, open_, alike)
+        return recoded(module, quants)
+
+    def decided(self, module: Module, store: Store, context: Context) -> Self:
+        """With a rule for every parameter."""
+        self.requires(module)
+        quants, notes = plan(module, self.asked(), Notes()), Notes()
+        open_ = self._open(module, quants)
+        tokens, source = calibration_tokens(module, context, self.tokens)
+        seen = statistics(module, store, tokens, source=source, spare=context.folder)
+        at = {name: _form(quants[name], module, name, MEASURED) for name in open_}
+        known = sensitivity(module, store, at, tokens[: max(1, self.probe // tokens[0].size)], notes.chose)
+        harm = {name: harms(module, store, known, name, forms, seen) for name, forms in open_.items()}
+        chosen = self._spent(module, quants, open_, harm)
+        rules = [self.rules] if self.rules else []
+        return replace(self, rules=";".join([*rules, *(_rule(name, quant) for name, quant in chosen.items())]))
+
+    def _open(self, module: Module, quants: Mapping[str, Quant]) -> dict[str, list[Quant]]:
+        """What each parameter may become that no rule speaks of."""
+        rules, read_by = self.asked().rules, kinds(module, quants)
+        return {
+            name: list(dict.fromkeys(_form(quant, module, name, form) for form in FORMS))
+            for name, quant in quants.items()
+            if first(rules, name, read_by[name]) is None
+        }
+
+    def _spent(
+        self, module: Module, quants: Mapping[str, Quant], open_: Mapping[str, Sequence[Quant]],
+        harm: Mapping[str, Sequence[float]],
+    ) -> dict[str, Quant]:  # fmt: skip
+        """The coding of each parameter within the budget; PassError where nothing fits."""
+        choices = {
+            name: [Choice(str(i), nbytes(module.params[name], q), harm[name][i]) for i, q in enumerate(forms)]
+            for name, forms in open_.items()
+        }
+        fixed = sum(nbytes(module.params[name], q) for name, q in quants.items() if name not in open_)
+        total = sum(_weights(module, name) for name in quants)
+        budget = int(self.bits * total / 8) - fixed
+        least = sum(min(c.nbytes for c in own) for own in choices.values())
+        if least > budget:
+            lowest = 8 * (least + fixed) / max(total, 1)
+            raise PassError(f"{self.name}: bits={self.bits:g}, want {lowest:.2f} or more: that is the least it can be")
+        return {name: open_[name][int(choice.form)] for name, choice in spend(choices, budget).items()}
+
+
+def _weights(module: Module, name: str) -> int:
+    param = module.params[name]
+    return param.count * evaluate(param.type.size(), {})
+
+
+def _steps(quant: Quant) -> float:
+    """The square of a step, as it is with weights that are spread like a bell: wider groups reach further."""
+    return 4.0**-quant.bits * (1 + (quant.group or 512) ** 0.5 / 8)
+
+
+def _form(quant: Quant, module: Module, name: str, form: tuple[int, int]) -> Quant:
+    bits, group = form
+    extent = module.params[name].type.shape[quant.axis]
+    assert isinstance(extent, int)
+    return replace(quant, bits=bits, group=fitting_group(extent, group))
+
+
+def _rule(name: str, quant: Quant) -> str:
+    return f"{glob.escape(name)}:{quant.bits}/{quant.group}"
