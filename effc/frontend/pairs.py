@@ -150,7 +150,7 @@ RULES: dict[str, Rule] = {
 
 def halves(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Real and imaginary part of a captured array."""
-    return np.ascontiguousarray(array.real), np.ascontiguousarray(array.imag)
+    return np.real(array).copy(), np.imag(array).copy()
 
 
 def has_pairs(equation: Any, operands: Sequence[Any]) -> bool:

@@ -16,13 +16,14 @@ import numpy as np
 
 from effc.frontend.graph import Graph
 from effc.frontend.simplify import literal, reshaped, transposed
-from effc.ir.core import Attr, Func, Op
+from effc.ir.core import Attr, Op
 from effc.ir.interpret import shape_of
 from effc.ir.ops import ELEMENTWISE
 from effc.ir.tokens import token_axes
 from effc.ir.types import Size, Type, depends, divide, name_dim, product
-from effc.passes.raising.points import Points, Unseen, Where
-from effc.passes.raising.probe import peel, run_region
+from effc.passes.raising.biases import parameters_between
+from effc.passes.raising.points import Form, Points, Where
+from effc.passes.raising.probe import Unseen, peel, run_region
 
 B, T = name_dim("b"), name_dim("t")
 CASTS = frozenset({"lax.convert_element_type"})
@@ -101,11 +102,19 @@ def _raise(graph: Graph, out: Op, context: int) -> str | None:
         found = _product(graph, scores)
         layout = _moved(found.axes.straight(len(scores.out.type.shape)), path, found.axes)
         form = Points(graph).form(soft.z, scores.outputs[0].name, Where(found.axes, layout), context)
-        made = _build(graph, out, side, soft, scores, found, _moved(layout, soft.after, found.axes), form)
+        tables = _tables(graph, form, soft.z, scores.outputs[0].name)
+        made = _build(graph, out, side, soft, scores, found, _moved(layout, soft.after, found.axes), form, tables)
     except Unseen as reason:
         return str(reason)
     graph.become(out.outputs[0].name, made)
     return None
+
+
+def _tables(graph: Graph, form: Form, z: str, scores: str) -> list[str]:
+    """The tables that the bias of this attention reads, as values."""
+    params = parameters_between(graph, z, graph.find(scores)) if form.tables else []
+    names = [params[at] for at in form.tables]
+    return [graph.add("param", (), graph.params[n].type, params={"value": n})[0] for n in names]
 
 
 MOVES = frozenset({"lax.transpose", "lax.reshape"})
@@ -284,7 +293,7 @@ def _numbered(type: Type) -> np.ndarray:
 
 def _build(
     graph: Graph, out: Op, side: int, soft: Softmax, scores: Op, found: Product, layout: Layout,
-    form: tuple[dict[str, Attr], Func | None],
+    form: Form, tables: list[str],
 ) -> str:  # fmt: skip
     """The attention, in the axes that the product of probabilities and values had."""
     value = _values(graph, out, 1 - side, found.axes, layout)
@@ -295,10 +304,10 @@ def _build(
     if graph.type(k).shape[2] != graph.type(v).shape[2]:
         raise Unseen(f"keys {graph.type(k)} and values {graph.type(v)} have different heads")
     q, k, factor = _unscaled(graph, q, k)
-    attrs, region = _scaled(form[0], factor), form[1]
+    attrs, region = _scaled(form.attrs, factor), form.bias
     type = Type(out.out.type.dtype, (B, T, graph.type(q).shape[2], graph.type(v).shape[3]))
     regions = {"bias": region} if region else {}
-    (made,) = graph.add("attention", [q, k, v], type, attrs=attrs, regions=regions, loc=scores.loc)
+    (made,) = graph.add("attention", [q, k, v, *tables], type, attrs=attrs, regions=regions, loc=scores.loc)
     return _as_product(graph, made, out, side, found.axes, layout, value)
 
 

@@ -163,6 +163,60 @@ def raise_embeddings(graph: Graph) -> None:
     for op in graph.order():
         if op.kind == "lax.gather":
             _rows(graph, graph.op(op.outputs[0].name) or op)
+        elif op.kind == "lax.dot_general" and not op.attrs.get("batch"):
+            _one_hot(graph, graph.op(op.outputs[0].name) or op)
+
+
+def _one_hot(graph: Graph, op: Op) -> None:
+    """A product of a table with vectors that are 1 at an index and 0 elsewhere is rows of the table."""
+    contract = op.attrs["contract"]
+    assert isinstance(contract, tuple)
+    for side in (0, 1):
+        table, axes = parameter_view(graph, op.inputs[side]), contract[side]
+        if table is None or not isinstance(axes, tuple) or len(axes) != 1:
+            continue
+        along, axis = contract[1 - side][0], int(axes[0])  # type: ignore[index, arg-type]
+        ids = _index(graph, op.inputs[1 - side], int(along))  # type: ignore[arg-type]
+        if ids is None or table[1] != tuple(range(len(table[1]))):
+            continue
+        sizes = table[0].type.shape
+        kept = (*sizes[:axis], *sizes[axis + 1 :])
+        order = None if axis == 0 else (axis, *(a for a in range(len(sizes)) if a != axis))
+        name, shape = view(graph, table[0], (sizes[axis], product(kept)), order), graph.type(ids).shape
+        type = Type(op.out.type.dtype, (*shape, product(kept)))
+        (rows,) = graph.add("embed", [ids], type, params={"table": name}, loc=op.loc)
+        wide = reshaped(graph, rows, (*shape, *kept), op)
+        front = (*range(len(shape), len(shape) + len(kept)), *range(len(shape))) if side == 0 else ()
+        graph.become(op.outputs[0].name, transposed(graph, wide, front, op) if front else wide)
+        return
+
+
+def _index(graph: Graph, name: str, axis: int) -> str | None:
+    """i where a value is [i == 0, i == 1, ...] along `axis`, without that axis."""
+    op = graph.op(name)
+    while op is not None and op.kind == "lax.convert_element_type":
+        name, op = op.inputs[0], graph.op(op.inputs[0])
+    if op is None or op.kind != "lax.eq":
+        return None
+    for side in (0, 1):
+        shape = graph.type(op.inputs[1 - side]).shape
+        if _counts_along(graph, op.inputs[side], axis) and shape and shape[axis] == 1:
+            wide = (*op.out.type.shape[:axis], *op.out.type.shape[axis + 1 :])
+            flat = reshaped(graph, op.inputs[1 - side], (*shape[:axis], *shape[axis + 1 :]), op)
+            return flat if graph.type(flat).shape == wide and graph.type(flat).dtype == "i32" else None
+    return None
+
+
+def _counts_along(graph: Graph, name: str, axis: int) -> bool:
+    """Whether a value is 0, 1, 2 ... along one axis, and of size 1 along all others."""
+    shape = graph.type(name).shape
+    op = graph.op(name)
+    while op is not None and op.kind in {"lax.reshape", "lax.convert_element_type"}:
+        op = graph.op(op.inputs[0])
+    lone = len(shape) > axis and all(size == 1 for a, size in enumerate(shape) if a != axis)
+    if op is None or op.kind != "lax.iota" or not lone or not isinstance(shape[axis], int):
+        return False
+    return op.out.type.shape[int(op.attrs["dimension"])] == shape[axis]  # type: ignore[arg-type]
 
 
 def _rows(graph: Graph, op: Op) -> None:

@@ -10,11 +10,13 @@ import numpy as np
 
 from effc.frontend.graph import Graph
 from effc.ir.core import Attr, Func, Op, Value
-from effc.ir.interpret import concrete, shape_of
+from effc.ir.interpret import Context, concrete, evaluate_func, shape_of
 from effc.ir.ops import ELEMENTWISE
 from effc.ir.types import Size, Type, evaluate
-from effc.passes.raising.probe import constant_of, region, run_region, signature
+from effc.passes.raising.biases import Scalars, parameters_between
+from effc.passes.raising.probe import Unseen, constant_of, region, run_region, signature
 from effc.runtime import primitives
+from effc.runtime.layers import score_bias
 
 Index = tuple[np.ndarray, ...]
 MANY = 1 << 22
@@ -24,11 +26,13 @@ HIDDEN = -9e3
 """A score this low, or lower, takes no part in a softmax."""
 
 
-class Unseen(Exception):
-    """Why a value could not be understood."""
+@dataclass(frozen=True)
+class Form:
+    """What `attention` takes: attributes, the region added to scores, and the tables that it reads."""
 
-
-Form = tuple[dict[str, Attr], Func | None]
+    attrs: dict[str, Attr]
+    bias: Func | None = None
+    tables: tuple[int, ...] = ()  # places among the parameters between scores and softmax
 
 
 class Axes(Protocol):
@@ -81,11 +85,12 @@ class _Mask:
         self.head_shape = tuple(evaluate(axes.sizes[a], self.sizes) for a in self.head_axes)
         self.heads = int(np.prod(self.head_shape))
         self.limit = HIDDEN  # what hides a key in this mask
+        self.tables = Tables()
         if where.layout[-1] != (axes.key,):
             raise Unseen("keys are not the axis that the softmax sums over")
 
     def form(self) -> Form:
-        """The attributes of `attention`, and the bias region if there is one."""
+        """The attributes of `attention`, and the bias region if there is one. Parameters are 0 at first."""
         visible, bias = self._small()
         window = self._window()
         scale, cap = self._response()
@@ -96,8 +101,50 @@ class _Mask:
             attrs["window"] = window
         if cap:
             attrs["softcap"] = cap
-        region = _linear_bias(self.graph, bias, visible)
-        return (attrs | {"mask": "region"} if region else attrs), region
+        added, tables = self._added(visible, bias)
+        return Form(attrs | {"mask": "region"} if added else attrs, added, tables)
+
+    def _added(self, visible: np.ndarray, bias: np.ndarray) -> tuple[Func | None, tuple[int, ...]]:
+        """What is added to the scores: nothing, a slope a head, or whatever the graph computes there."""
+        if not self.tables.touched:
+            try:
+                return _linear_bias(self.graph, bias, visible), ()
+            except Unseen:
+                pass  # no straight line
+        return self._written(visible)
+
+    def _written(self, visible: np.ndarray) -> tuple[Func, tuple[int, ...]]:
+        """The bias as a region of its own, held against the graph with random parameters."""
+        at = Scalars(self.graph, self.scores)
+        apart = {a: at.number(0) for a in range(len(self.where.axes.sizes))}
+        heads = [evaluate(self.where.axes.sizes[a], {}) for a in self.where.axes.heads]
+        apart |= dict(zip(self.where.axes.heads, at.apart(heads, "h"), strict=True))
+        apart |= {self.where.axes.query: "i", self.where.axes.key: "j"}
+        sizes = self.where.axes.sizes
+        index = tuple(at.flat([sizes[a] for a in g], [apart[a] for a in g]) for g in self.where.layout)
+        found = at.region(at.value(self.z, index))
+        params = parameters_between(self.graph, self.z, self.scores)
+        self._hold(found, list(at.used), visible)
+        return found, tuple(params.index(p) for p in at.used)
+
+    def _hold(self, found: Func, used: list[str], visible: np.ndarray) -> None:
+        """Unseen where the region is not what the graph adds to the scores."""
+        n = len(visible)
+        self.tables.random = True
+        grid = (np.arange(self.heads)[:, None, None], np.arange(n)[None, :, None], np.arange(n)[None, None])
+        zero, one = (self._at(s, *grid) for s in (0.0, 1.0))
+        extra = [jnp.asarray(self.tables.array(self.graph, p)) for p in used]
+        context = Context(dict(self.sizes), jnp.zeros((1, 1), jnp.int32))
+
+        def bias(i: Any, j: Any, h: Any) -> Any:
+            return evaluate_func(found, (i, j, h, *extra), {}, context)[0]
+
+        made = np.asarray(score_bias(bias, jnp.arange(n, dtype=jnp.int32)[None], n, self.heads))[0]
+        self.tables.random = False
+        answer = float(self._at(1.0, 0, 5, 5)) - float(self._at(0.0, 0, 5, 5))
+        same = np.allclose(made[:, visible], zero[:, visible], rtol=1e-5, atol=1e-5)
+        if not same or not np.allclose((one - zero)[:, visible], answer, rtol=1e-4, atol=1e-4):
+            raise Unseen("what parameters add to the scores is not added alone")
 
     def _small(self) -> tuple[np.ndarray, np.ndarray]:
         """Visibility [n,n] and bias [heads,n,n] of the first positions; later keys must be hidden."""
@@ -168,7 +215,7 @@ class _Mask:
         apart = dict(zip(self.head_axes, np.unravel_index(np.asarray(head), self.head_shape), strict=True))
         apart |= {self.where.axes.query: np.asarray(i), self.where.axes.key: np.asarray(j)}
         places = tuple(np.asarray(self._merged(group, apart)) for group in self.where.layout)
-        z = _At(self.graph, self.sizes, {self.scores: np.float32(score)}).value(self.z, places)
+        z = _At(self.graph, self.sizes, {self.scores: np.float32(score)}, self.tables).value(self.z, places)
         return np.broadcast_to(z, np.broadcast_shapes(*(p.shape for p in places)))
 
     def _merged(self, group: tuple[int, ...], apart: dict[int, Any]) -> Any:
@@ -184,11 +231,28 @@ def _short(x: float) -> float:
     return float(str(np.float32(x)))
 
 
+class Tables:
+    """Stand-ins for parameters: 0, or random numbers; `touched` once one was read that is no fixed array."""
+
+    def __init__(self) -> None:
+        self.touched = self.random = False
+
+    def array(self, graph: Graph, param: str) -> np.ndarray:
+        """The fixed array that a parameter is, or its stand-in."""
+        fixed = constant_of(graph, param)
+        if fixed is not None:
+            return fixed
+        self.touched = True
+        shape = shape_of(graph.params[param].type, {})
+        rng = np.random.default_rng(len(param) + sum(shape))
+        return rng.normal(size=shape).astype(np.float32) if self.random else np.zeros(shape, np.float32)
+
+
 class _At:
     """One evaluation at points; `feeds` are values that are the same number everywhere."""
 
-    def __init__(self, graph: Graph, sizes: dict[str, int], feeds: dict[str, np.float32]) -> None:
-        self.graph, self.sizes, self.feeds = graph, sizes, feeds
+    def __init__(self, graph: Graph, sizes: dict[str, int], feeds: dict[str, np.float32], tables: Tables) -> None:
+        self.graph, self.sizes, self.feeds, self.tables = graph, sizes, feeds, tables
         self.memo: dict[object, Any] = {}
 
     def value(self, name: str, index: Index) -> Any:
@@ -313,8 +377,21 @@ def _concatenate(at: _At, op: Op, index: Index) -> Any:
     return out
 
 
+def _embed(at: _At, op: Op, index: Index) -> Any:
+    row = np.asarray(at.value(op.inputs[0], index[:-1])).astype(np.int64)
+    table = at.tables.array(at.graph, op.params["table"])
+    if row.min() < 0 or row.max() >= len(table):
+        raise Unseen(f"a table of {len(table)} rows is shorter than the context")
+    return table[row, index[-1]]
+
+
+def _param(at: _At, op: Op, index: Index) -> Any:
+    return at.tables.array(at.graph, op.params["value"])[tuple(np.asarray(i) for i in index)]
+
+
 _RULES = {
-    "const": _const, "lax.iota": _iota, "lax.broadcast_in_dim": _broadcast, "lax.transpose": _transpose,
+    "embed": _embed, "param": _param, "const": _const,
+    "lax.iota": _iota, "lax.broadcast_in_dim": _broadcast, "lax.transpose": _transpose,
     "lax.reshape": _reshape, "lax.slice": _slice, "lax.concatenate": _concatenate,
 }  # fmt: skip
 

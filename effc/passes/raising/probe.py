@@ -17,6 +17,10 @@ Array = jax.Array
 SIZES = {"b": 2, "t": 3}
 
 
+class Unseen(Exception):
+    """Why a value could not be understood."""
+
+
 def run_region(
     graph: Graph, roots: Sequence[str], feeds: Mapping[str, object], sizes: Mapping[str, int] = SIZES,
     params: Mapping[str, object] | None = None,
@@ -77,11 +81,17 @@ def signature(graph: Graph, roots: Sequence[str], feeds: Sequence[str]) -> str:
     names = {graph.find(name): f"#{i}:{graph.type(name)}" for i, name in enumerate(feeds)}
     lines = list[str]()
     for op in region(graph, roots, names):
-        params = ",".join(str(graph.params[p].type) for p in op.params.values())
+        params = ",".join(_told(graph, p) for p in op.params.values())
         operands = ",".join(names.get(i, f"?{i}") for i in op.inputs)
         lines.append(f"{op.kind}({operands})[{params}]{sorted(op.attrs.items(), key=str)}->{op.outputs[0].type}")
         names.update((v.name, f"${len(lines)}.{k}") for k, v in enumerate(op.outputs))
     return "\n".join([*lines, ",".join(names.get(graph.find(r), "?") for r in roots)])
+
+
+def _told(graph: Graph, param: str) -> str:
+    """A parameter's type; of a fixed array, which one it is."""
+    known = graph.params[param]
+    return f"{known.type} {param}" if known.path in graph.constants else str(known.type)
 
 
 def peel(graph: Graph, name: str, kinds: Iterable[str]) -> str:
