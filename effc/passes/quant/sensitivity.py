@@ -13,11 +13,10 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from effc.divergence import Reference
-from effc.evaluate import Windows
 from effc.ir.core import Module, Param
 from effc.ir.types import Quant, Type
 from effc.passes.quant.scaling import output_error
@@ -25,6 +24,9 @@ from effc.passes.quant.statistics import Statistics, cache_folder, model_hash
 from effc.passes.quantizer import rounded
 from effc.passes.weight_rules import coded, recoded
 from effc.weights import Array, Store
+
+if TYPE_CHECKING:
+    from effc.divergence import Reference
 
 SAMPLED = 2
 """Layers of a stack whose rounding errors speak for all."""
@@ -65,6 +67,9 @@ def sensitivity(
 def _measured(module: Module, store: Store, at: Mapping[str, Quant], tokens: Sequence[Array]) -> dict[str, float]:
     folder = Path(tempfile.mkdtemp(prefix="effc-"))
     try:
+        from effc.divergence import Reference  # it evaluates, and evaluating lowers, which imports passes
+        from effc.evaluate import Windows
+
         reference = Reference((module, store), Windows(tuple(tokens), 1), folder)
         return {name: max(FLOOR, _alone(module, store, name, quant, reference)) for name, quant in at.items()}
     finally:
