@@ -11,12 +11,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from effc.ir.core import Module, Param
 from effc.ir.rewrite import replace_ops
 from effc.passes.mor_fold import Stack, find_stack
+from effc.passes.mor_route import ROUTER
 from effc.passes.mor_sharing import kept
+from effc.runtime import routing
 from effc.runtime.train import Fitted, Plan, Tick, chosen, forward_kl, mean
 from effc.weights import Lazy, Store
 
@@ -27,6 +30,12 @@ ROWS = 4
 """Sequences a step."""
 
 LEARNING_RATE = 1e-3
+
+AUXILIARY = 0.1
+"""Weight of the routers' own loss: published recipes take 1e-3 over billions of tokens, a short healing needs more."""
+
+ANNEAL = (0.2, 0.6)
+"""Progress at which the share of tokens begins to fall, and at which it is what decoding allows."""
 
 
 def heal(module: Module, store: Store, context: Context) -> Store:
@@ -47,11 +56,17 @@ def distill(model: Model, context: Context, mask: Any, title: str) -> Fitted:
     """The student after its budget; teacher and student lie in one tree, the teacher's half is frozen."""
     teacher = context.teacher
 
+    target = shares(model.module)
+
     def loss(tree: Any, batch: Mapping[str, Any], tick: Tick) -> tuple[jax.Array, dict[str, jax.Array]]:
         ids = batch["tokens"][:, :-1]
         told = teacher.program.forward(tree["teacher"], ids)
-        said = model.program.forward(tree["student"], ids)
-        return mean(forward_kl(told, said), batch["mask"]), {"count": batch["mask"].sum()}
+        with routing.train([annealed(share, tick.progress) for share in target]) as routers:
+            said = model.program.forward(tree["student"], ids)
+        apart = mean(forward_kl(told, said), batch["mask"])
+        metrics = {f"on_{depth}": share for depth, share in enumerate(routers.shares, 1)}
+        more = AUXILIARY * sum(routers.losses, jnp.zeros(()))
+        return apart + more, {"count": batch["mask"].sum(), "kl": apart, **metrics}
 
     look = context.looks(model.program)
     return context.fit(
@@ -66,9 +81,21 @@ def distill(model: Model, context: Context, mask: Any, title: str) -> Fitted:
     )
 
 
+def shares(module: Module) -> tuple[float, ...]:
+    """Of the tokens, what each depth is to take; nothing where none are routed."""
+    found = [op.attrs["capacity"] for op in module.forward().ops if op.kind == "recurse"]
+    return tuple(float(str(share)) for share in found[0]) if found and isinstance(found[0], tuple) else ()
+
+
+def annealed(share: float, progress: jax.Array) -> jax.Array:
+    """All tokens at first, so that training begins at the plain recursion; then down to `share`."""
+    begin, end = ANNEAL
+    return 1 - (1 - share) * jnp.clip((progress - begin) / (end - begin), 0, 1)
+
+
 def _trained(model: Model, original: Module) -> Any:
     """The input model's parameters and the deltas of its matrices; not what other passes have added."""
-    own = set(original.params) | {f"{name}.{part}" for name in original.params for part in "ab"}
+    own = {*original.params, ROUTER, *(f"{name}.{part}" for name in original.params for part in "ab")}
     return chosen(model.program.params, "|".join(name for name in model.module.params if name in own))
 
 
