@@ -35,6 +35,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
+    exits = parser.add_mutually_exclusive_group()
+    exits.add_argument("--full", action="store_true", help="run all layers, whatever exits are certified")
+    exits.add_argument("--threshold", type=float, metavar="X", help="leave at confidence X, 0 to 1: no guarantee")
     parser.add_argument("--stats", action="store_true", help="tokens/s on stderr at the end")
     _sampling_options(parser)
     model_options(parser)
@@ -86,7 +89,8 @@ def how(args: argparse.Namespace) -> Asked:
     from effc.generator import asked
 
     names = ("max_tokens", "stop", "seed", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    return asked(**{name: getattr(args, name) for name in names})
+    exits = 1.0 if args.full else args.threshold
+    return asked(**{name: getattr(args, name) for name in names}, exits=exits)
 
 
 def _stream(generator: Generator, prompt: list[int], how: Asked) -> Result:
@@ -107,13 +111,28 @@ def data(texts: list[str], result: Result) -> dict[str, Any]:
         "prefill_tokens_per_second": result.stats.prefill_rate,
         "tokens_per_second": result.stats.decode_rate,
     }
-    return {"outputs": outputs, "stats": asdict(result.stats) | rates}
+    return {"outputs": outputs, "stats": asdict(result.stats) | rates | {"draft": drafting(result)}}
+
+
+def drafting(result: Result) -> dict[str, Any] | None:
+    """Counts and shares of a drafter."""
+    d = result.stats.draft
+    if d is None:
+        return None
+    shares = {
+        "acceptance": d.acceptance,
+        "tokens_per_call": d.tokens_per_call,
+        "acceptance_by_position": list(d.by_position),
+        "rounds": {str(width): count for width, count in d.rounds.items()},
+    }
+    return asdict(d) | shares
 
 
 def stats(result: Result) -> str:
     """One line."""
     s = result.stats
+    left = f"; {s.exits.average:.2f} layers a token, by layers {dict(s.exits.by_layers)}" if s.exits else ""
     return (
         f"prompt {s.prompt_tokens} tokens, {s.prefill_rate:.1f} tokens/s; "
-        f"new {s.new_tokens} tokens, {s.decode_rate:.1f} tokens/s; compiled in {s.compile_seconds:.1f} s"
+        f"new {s.new_tokens} tokens, {s.decode_rate:.1f} tokens/s; compiled in {s.compile_seconds:.1f} s{left}"
     )

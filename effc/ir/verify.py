@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from effc.errors import EffcError, nearest
 from effc.ir.conform import op_faults
 from effc.ir.core import Attr, Func, Module, Op, Param, Ref, param_uses, walk
+from effc.ir.decoding import strategy_faults
 from effc.ir.early import early_faults
 from effc.ir.ops import attribute
 from effc.ir.printer import attr_text, decode_line, op_line, param_line, ref, return_line
@@ -328,6 +329,8 @@ def _decode(module: Module) -> Iterator[Fault]:
             yield Fault("decode", decode_line(module.decode), message)
         if func and func.block:
             yield Fault("decode", decode_line(module.decode), f"{name}: {target} is a block, want a func")
+    for message in strategy_faults(module):
+        yield Fault("decode", decode_line(module.decode), message)
 
 
 __all__ = ["Fault", "check", "verify", "warnings"]

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 TOP = 16
 """Likeliest tokens of the target that are learned from."""
 
-ROWS = 8
+ROWS, LENGTH = 4, 128
+"""Sequences of a step and their tokens: small steps, since there is little time."""
+
 STEPS = 2
 """How far a head follows its own features while it is trained."""
 
@@ -57,15 +59,18 @@ def read(model: Model, context: Context, features: bool) -> Lesson:
         top, ids = lax.top_k(logits, min(TOP, logits.shape[-1]))
         return ids, top, *(x.astype(jnp.float16) for x in others)
 
-    start, batches, seen = time.perf_counter(), context.batches(ROWS), list[tuple[np.ndarray, ...]]()
-    while _reads_on(context.budget, len(seen) * ROWS, time.perf_counter() - start):
+    start, batches, seen = time.perf_counter(), context.batches(ROWS, LENGTH), list[tuple[np.ndarray, ...]]()
+    most = None if context.ids is None else max(1, len(context.ids) // LENGTH)
+    while _reads_on(context.budget, len(seen) * ROWS, time.perf_counter() - start, most):
         tokens = np.asarray(batches(len(seen), None)["tokens"], np.int32)
         seen.append((tokens, *map(np.asarray, see(model.params, tokens))))
     tokens, ids, top, *others = (np.concatenate(parts) for parts in zip(*seen, strict=True))
     return Lesson(tokens, others[0] if others else None, ids, top, time.perf_counter() - start)
 
 
-def _reads_on(budget: Budget, rows: int, seconds: float) -> bool:
+def _reads_on(budget: Budget, rows: int, seconds: float, most: int | None) -> bool:
+    if most is not None and rows >= most:
+        return False
     if budget.steps:
         return rows < min(ROWS * budget.steps, 2 * LEAST)
     return rows < LEAST or seconds < READING * 60 * budget.minutes
@@ -94,8 +99,8 @@ def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context) 
     budget = _left(context.budget, lesson.seconds)
     plan = Plan(budget, lr=1e-3, warmup=20, seed=context.seed, weight_decay=0.01)
     mask = {**chosen(model.program.params, "draft.*")}
-    if ids is not None:
-        mask["draft.ids"] = False
+    # Its rows of the target's head are good as they are, and half of what a step would cost.
+    mask |= {name: False for name in mask if name == "draft.ids" or name.startswith("draft.head.")}
     tag = f"{lesson.tokens.shape}"
     fitted = context.fit(loss, model.params, batches, plan, trainable=mask, tag=tag, title="draft")
     return fitted.params

@@ -98,15 +98,19 @@ def widths(gamma: int, verify: Sequence[float], draft: float = 0.0) -> Widths:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("rounds", "calls", "drafted", "accepted", "emitted"),
+    data_fields=("rounds", "calls", "made", "drafted", "accepted", "emitted"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
 class Tally:
-    """rounds i32[widths]; calls i32[], rows that took part; drafted, accepted i32[G] by position; emitted i32[]."""
+    """rounds i32[widths]; calls, rows that took part; made, draft tokens sent or not; emitted: i32[].
+
+    drafted, accepted i32[G]: those sent, by position.
+    """
 
     rounds: jax.Array
     calls: jax.Array
+    made: jax.Array
     drafted: jax.Array
     accepted: jax.Array
     emitted: jax.Array
@@ -115,7 +119,7 @@ class Tally:
 def empty_tally(widths: Widths) -> Tally:
     """Nothing yet."""
     zero, each = jnp.int32(0), jnp.zeros(widths.most, jnp.int32)
-    return Tally(jnp.zeros(len(widths.sizes), jnp.int32), zero, each, each, zero)
+    return Tally(jnp.zeros(len(widths.sizes), jnp.int32), zero, zero, each, each, zero)
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ class Loop:
             "history": _written(state["history"], given.tokens, before + 1),
             "seen": None if seen is None else _row_at(seen, given.count),
             "table": self._learned(state, drafts, count, verdict, given, active),
-            "tally": self._tallied(state["tally"], size, count, verdict, given, active),
+            "tally": self._tallied(state, size, count, verdict, given, active),
             **_features(state, others, before),
         }
         return self._proposed(params, state, numbers), shown, filled + given.count
@@ -224,12 +228,14 @@ class Loop:
         return gain.rested(table, given.count, cost, (count > 0) | (made > 0), active)
 
     def _tallied(
-        self, tally: Tally, size: int, count: jax.Array, verdict: Verdict, given: Emission, active: jax.Array
+        self, state: State, size: int, count: jax.Array, verdict: Verdict, given: Emission, active: jax.Array
     ) -> Tally:
+        tally, made = state["tally"], jnp.where(active, state["proposal"].there, 0).sum()
         index = jnp.arange(self.widths.most)[None, :]
         return Tally(
             tally.rounds.at[self.widths.sizes.index(size)].add(1),
             tally.calls + active.sum(),
+            tally.made + made,
             tally.drafted + ((index < count[:, None]) & active[:, None]).sum(axis=0),
             tally.accepted + (index < jnp.minimum(verdict.accepted, given.count)[:, None]).sum(axis=0),
             tally.emitted + given.count.sum(),

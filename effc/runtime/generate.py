@@ -13,8 +13,8 @@ import numpy as np
 from effc.errors import EffcError
 from effc.runtime.cache import Cache
 from effc.runtime.drafting import Tally, Widths
-from effc.runtime.gain import Table
 from effc.runtime.engine import DONE, Engine, How, State, check_length, pieces
+from effc.runtime.gain import Table
 from effc.runtime.leaving import Left, told
 from effc.runtime.sampling import Sampling
 from effc.runtime.text import Decoder, Watch
@@ -34,6 +34,8 @@ class Drafted:
     drafted_at: tuple[int, ...]  # by position in the draft
     accepted_at: tuple[int, ...]
     rounds: dict[int, int]  # by width, the drafts that the call verified; 0 is a plain step
+    draft_seconds: float  # the decoding time shared out by what drafts and calls cost when they were measured
+    verify_seconds: float
 
     @property
     def tokens_per_call(self) -> float:
@@ -51,11 +53,14 @@ class Drafted:
         return tuple(a / d if d else 0.0 for a, d in zip(self.accepted_at, self.drafted_at, strict=True))
 
 
-def counted(tally: Tally, widths: Widths) -> Drafted:
-    """The counts of a loop as numbers."""
+def counted(tally: Tally, widths: Widths, seconds: float) -> Drafted:
+    """The counts of a loop as numbers; seconds it took in all."""
     drafted, accepted = (tuple(map(int, np.asarray(x))) for x in (tally.drafted, tally.accepted))
     rounds = dict(zip(widths.sizes, map(int, np.asarray(tally.rounds)), strict=True))
-    return Drafted(int(tally.calls), sum(drafted), sum(accepted), int(tally.emitted), drafted, accepted, rounds)
+    verify, draft = sum(widths.costs[n] * count for n, count in rounds.items()), widths.draft * int(tally.made)
+    each = seconds / ((verify + draft) or 1)
+    counts = int(tally.calls), sum(drafted), sum(accepted), int(tally.emitted)
+    return Drafted(*counts, drafted, accepted, rounds, draft * each, verify * each)
 
 
 def _shares(table: Table) -> tuple[float, ...]:
@@ -250,7 +255,7 @@ class _Run:
         self.result.stats.exits = told(self.state)
         tally = self.state.get("tally")
         if tally is not None and self.engine.speculation:
-            self.result.stats.draft = counted(tally, self.engine.speculation.widths)
+            self.result.stats.draft = counted(tally, self.engine.speculation.widths, self.result.stats.decode_seconds)
             self.result.stats.levels = _shares(self.state["table"])
 
 

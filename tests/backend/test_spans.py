@@ -62,7 +62,7 @@ module @small {
     %logits: f32[b,t,12] = call(%end) {func=@head}
     return %logits
   }
-  decode speculative { forward=@forward, drafter=@draft }
+  decode speculative { forward=@forward, kind=model, drafter=@draft, gamma=2 }
 }
 """
 
