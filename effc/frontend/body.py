@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from effc.frontend.graph import Graph
 from effc.frontend.regions import Flow, chain, row_axes
 from effc.frontend.simplify import reshaped, simplify, transposed
-from effc.ir.core import Func
+from effc.ir.core import Func, Op
 from effc.ir.rewrite import rename
 from effc.ir.tokens import Dep
 from effc.ir.types import Type, depends, name_dim
@@ -29,6 +29,10 @@ class Region:
 def build(flow: Flow, ops: set[int], taken: set[int]) -> Region:
     """The function that a region is; ops in `taken` belong to this or another region."""
     inside, rows, fixed = _needed(flow, ops, taken)
+    tables = {flow.ops[at].params["table"]: "" for at in sorted(inside) if flow.ops[at].kind == "embed"}
+    for name in tables:
+        tables[name] = flow.graph.add("param", (), flow.graph.params[name].type, params={"value": name})[0]
+    fixed += tables.values()
     graph = Graph(params=flow.graph.params, constants=flow.graph.constants)
     names: dict[str, str] = {}
     for name in rows:
@@ -37,14 +41,19 @@ def build(flow: Flow, ops: set[int], taken: set[int]) -> Region:
     for name in fixed:
         names[name] = graph.input(f"u{len(graph.inputs)}", flow.types[name])
     for at in sorted(inside):
-        copy(graph, flow, at, names)
+        op = flow.ops[at]
+        if op.kind == "embed":
+            names[op.out.name] = _looked_up(graph, names[tables[op.params["table"]]], names[op.inputs[0]], op.out.type)
+        else:
+            copy(graph, flow, at, names)
     results = flow.outputs(ops)
     graph.results = [front(graph, names[name]) for name in results]
     simplify(graph)
     body = graph.func("body")
     used = {i for op in body.ops for i in op.inputs} | set(body.results)
     kept = [name for name, value in zip([*rows, *fixed], body.inputs, strict=True) if value.name in used]
-    body = numbered(replace(body, inputs=tuple(value for value in body.inputs if value.name in used)))
+    inputs = tuple(value for value in body.inputs if value.name in used)
+    body = numbered(replace(body, inputs=inputs, ops=tuple(_as_asked(body))))
     return Region(
         tuple(n for n in rows if n in kept), tuple(n for n in fixed if n in kept), tuple(results), body
     )  # fmt: skip
@@ -58,6 +67,16 @@ def copy(graph: Graph, flow: Flow, at: int, names: dict[str, str]) -> None:
         params=op.params, attrs=op.attrs, regions=op.regions, loc=op.loc,
     )  # fmt: skip
     names.update(zip((value.name for value in op.outputs), made, strict=True))
+
+
+def _looked_up(graph: Graph, table: str, ids: str, type: Type) -> str:
+    """Rows of a table that is an operand: parameters named in regions would keep layers apart."""
+    shape = graph.type(ids).shape
+    index = reshaped(graph, ids, (*shape, 1))
+    return graph.one(
+        "lax.gather", [table, index], type, offset=(len(shape),), collapsed=(0,), index_map=(0,),
+        slice_sizes=(1, type.shape[-1]), mode="clip",
+    )  # fmt: skip
 
 
 def _needed(flow: Flow, ops: set[int], taken: set[int]) -> tuple[set[int], list[str], list[str]]:
@@ -127,14 +146,32 @@ def _order(type: Type) -> tuple[int, ...]:
     return (*first, *(a for a in range(len(type.shape)) if a not in first))
 
 
+def _as_asked(func: Func) -> list[Op]:
+    """Ops in the order in which results ask for them, whatever was made first."""
+    makers = {value.name: op for op in func.ops for value in op.outputs}
+    done: dict[str, Op] = {}
+    stack = [(name, False) for name in reversed(func.results)]
+    while stack:
+        name, ready = stack.pop()
+        op = makers.get(name)
+        if op is None or op.outputs[0].name in done:
+            continue
+        if ready:
+            done[op.outputs[0].name] = op
+            continue
+        stack.append((name, True))
+        stack += [(i, False) for i in reversed(op.inputs)]
+    return list(done.values())
+
+
 # -- names ----------------------------------------------------------------------------------------------
 def numbered(func: Func, depth: int = 0) -> Func:
-    """Values called u0, u1 ... in order (v0 ... in regions inside): equal functions read alike."""
+    """Values called u0, u1 ... in order (v0 ... in regions inside), places left out: equal functions are equal."""
     names = [v.name for v in func.inputs] + [v.name for op in func.ops for v in op.outputs]
     new: Mapping[str, str] = {name: f"{'uvw'[min(depth, 2)]}{i}" for i, name in enumerate(names)}
     func = rename(func, new)
     ops = [
-        replace(op, regions={role: numbered(region, depth + 1) for role, region in op.regions.items()})
+        replace(op, loc=None, regions={role: numbered(region, depth + 1) for role, region in op.regions.items()})
         for op in func.ops
     ]
     return replace(func, ops=tuple(ops))

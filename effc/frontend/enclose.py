@@ -6,6 +6,7 @@ parameters are operands that stay the same. It is run on random numbers to see w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -30,7 +31,8 @@ def enclose(graph: Graph, why: Mapping[str, str] | None = None) -> list[str]:
     """Put what mixes tokens into ops that decode, and the ops of `why` (reasons by output) too; returns notes."""
     flow = Flow(graph)
     plans = _Plans(flow, dict(why or {}))
-    return [note for plan in plans.settled() for note in plan.replace(graph)]
+    notes = Counter(note for plan in plans.settled() for note in plan.replace(graph))
+    return [f"{note} (in {count} places)" if count > 1 else note for note, count in notes.items()]
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def raise_all(graph: Graph, context: int) -> list[str]:
     simplify(graph)
     share_heads(graph)
     simplify(graph)
-    return notes
+    return list(dict.fromkeys(notes))
 
 
 def _context(source: Source, graph: Graph) -> int:

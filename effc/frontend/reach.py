@@ -83,9 +83,9 @@ class _Trial:
 
     def _alone(self, base: Sequence[np.ndarray]) -> bool:
         """Whether the first sequence comes out the same beside another second one."""
-        mixed = [np.concatenate([x[:1], y[1:]]) for x, y in zip(self.first, self.other, strict=True)]
-        operands = [*mixed[: self.count], *self.first[self.count :]]
-        out = self._run(operands)
+        pairs = zip(self.first[: self.count], self.other[: self.count], strict=True)
+        mixed = [np.concatenate([x[:1], y[1:]]) for x, y in pairs]
+        out = self._run([*mixed, *self.first[self.count :]])
         return not self._differs([x[:1] for x in base], [x[:1] for x in out]).any()
 
     def _back(self, base: Sequence[np.ndarray]) -> int | None:

@@ -398,6 +398,36 @@ def poisoned(cache: Cache) -> Cache:
     return Cache(cache.lengths, entries)
 
 
+def layered(mix: Mix) -> Source:
+    """Three layers with weights of their own."""
+    rng = np.random.default_rng(0)
+    shapes = {"conv": (4, WIDTH), "up": (WIDTH, 48), "down": (48, WIDTH)} | dict.fromkeys("qkv", (WIDTH, WIDTH))
+    shapes |= {"embed": (VOCAB, WIDTH), "head": (WIDTH, VOCAB)}
+    whole = {n: {k: rng.normal(size=s, scale=0.2).astype(np.float32) for k, s in shapes.items()} for n in "0123"}
+
+    def forward(params: Any, tokens: jax.Array) -> jax.Array:
+        x = params["3"]["embed"][tokens]
+        for p in (params[n] for n in "012"):
+            x = x + mix(p, x)
+            x = x + jax.nn.silu(x @ p["up"]) @ p["down"]
+        return x @ params["3"]["head"]
+
+    return effc.load(forward, whole, name="layered", context=CONTEXT)
+
+
+LAYERED = [relative_bias, pytest.param(taps, marks=pytest.mark.slow), pytest.param(sink, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("mix", [*LAYERED, pytest.param(sorted_experts, marks=pytest.mark.slow)])
+def test_layers_that_mix_alike_are_one_block(mix: Mix, tmp_path: Path) -> None:
+    source = layered(mix)
+    lowered = lower(source)
+    (repeat,) = [op for op in lowered.module.forward().ops if op.kind == "repeat"]
+    assert repeat.attrs["times"] == 3
+    assert [op.kind for op in lowered.module.forward().ops] == ["embed", "repeat", "linear"]
+    steps_are_the_whole(source, lowered, tmp_path)
+
+
 LINE = r"test_stress\.py:\d+.*: "
 
 REFUSED = {
