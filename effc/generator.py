@@ -27,6 +27,8 @@ class Asked:
     sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str] = ()
     seed: int = 0
+    exits: float | None = None
+    """Confidence at which tokens leave early, 1 never; None: the certified one, where a model has exits."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,13 @@ class Generator:
             seed=how.seed,
             stop=how.stop,
             decode=lambda ids: decode(ids),
+            exits=how.exits,
         )
 
 
 def asked(**options: Any) -> Asked:
-    """From plain options: max_tokens, stop, seed, and temperature, top_k ... as `Sampling` has them."""
-    own = {name: options.pop(name) for name in ("max_tokens", "stop", "seed") if name in options}
+    """From plain options: max_tokens, stop, seed, exits, and temperature, top_k ... as `Sampling` has them."""
+    own = {name: options.pop(name) for name in ("max_tokens", "stop", "seed", "exits") if name in options}
     return replace(Asked(sampling=Sampling(**options)), **own)
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from effc.errors import nearest
 from effc.ir.core import Attr, Func, Module, Ref
+from effc.ir.early import early_strategy_faults
 from effc.ir.types import Type
 
-STRATEGIES = ("greedy", "speculative")
+STRATEGIES = ("greedy", "speculative", "early")
 
 DRAFTERS = ("lookup", "model", "self", "head")
 
@@ -40,6 +41,8 @@ def strategy_faults(module: Module) -> Iterator[str]:
         yield f"no strategy '{decode.strategy}', want {' or '.join(STRATEGIES)}{nearest(decode.strategy, STRATEGIES)}"
     if decode.strategy == "speculative":
         yield from _speculative(module, decode.attrs)
+    if decode.strategy == "early":
+        yield from early_strategy_faults(module, decode.attrs)
 
 
 def _speculative(module: Module, attrs: Mapping[str, Attr | Ref]) -> Iterator[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
-from effc.ir.core import Func, Module, Op, Ref, walk
+from effc.errors import nearest
+from effc.ir.core import Attr, Func, Module, Op, Ref, walk
 from effc.ir.ops import attribute
 from effc.ir.printer import ref
 from effc.ir.types import Type
@@ -58,6 +59,39 @@ def _numbers(op: Op) -> Iterator[str]:
         yield f"exits={places}, want rising numbers of layers from 1 to {times - 1}"
     if not 0 <= threshold <= 1:
         yield f"threshold={threshold}, want 0 (always leave) to 1 (never)"
+
+
+SETTINGS: Mapping[str, str] = {
+    "forward": "the function from tokens to logits, all layers",
+    "early": "the same function with a stack that tokens leave; gives the layers each ran too",
+    "layers": "layers of the stack",
+    "threshold": "confidence at which tokens leave; 1 never",
+    "tokens": "how many tokens of a text it is certified for; later ones run all layers",
+    "delta": "mean loss that is allowed",
+    "epsilon": "chance of the calibration that the mean loss is above delta",
+    "loss": "mean loss of the calibration prompts",
+    "n": "number of calibration prompts",
+    "measure": "textual: against the full model's text; risk: against references, less the full model's own",
+    "of": "likeness of texts that the loss is 1 less of",
+    "bound": "sha256 of weights and settings the threshold was calibrated for",
+}
+"""Of `decode early`, by name."""
+
+
+def early_strategy_faults(module: Module, attrs: Mapping[str, Attr | Ref]) -> Iterator[str]:
+    """What is wrong with the settings of `decode early`."""
+    for name in attrs:
+        if name not in SETTINGS:
+            yield f"no setting '{name}'{nearest(name, SETTINGS)}"
+    ref, threshold = attrs.get("early"), attrs.get("threshold", 1.0)
+    func = module.funcs.get(ref.name) if isinstance(ref, Ref) else None
+    found = [op for op in func.ops if op.kind == "early"] if func else []
+    if not found:
+        yield f"early={ref}, want a function with an op `early`"
+    elif attribute(found[0], "threshold") != threshold:
+        yield f"threshold={threshold}, but the op `early` has {attribute(found[0], 'threshold')}"
+    elif attrs.get("layers") != attribute(found[0], "times"):
+        yield f"layers={attrs.get('layers')}, want {attribute(found[0], 'times')}"
 
 
 def types_text(types: Iterable[Type]) -> str:
