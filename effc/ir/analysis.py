@@ -142,13 +142,21 @@ def cache_bytes_per_token(module: Module, func: str = "", dtype: str = "") -> in
 
 
 def _kept(func: Func) -> Iterator[Type]:
-    """Types of the rows that ops with a cache keep; a `window` keeps its operands."""
+    """Types of the rows that ops with a cache keep: a `window` its operands, the others what they have come to."""
     known = func.types()
     for op in func.ops:
         if op.kind == "attention":
             yield from (known[name] for name in op.inputs[1:3])
-        elif op.kind == "window":
-            yield from (known[name] for name in op.inputs)
+        elif op.kind == "window" and attribute(op, "lookback") != 0:
+            fixed = attribute(op, "fixed")
+            assert isinstance(fixed, int)
+            yield from (known[name] for name in op.inputs[: len(op.inputs) - fixed])
+        elif op.kind == "running":
+            yield op.out.type
+        elif op.kind == "recur":
+            carry = op.attrs["carry"]
+            assert isinstance(carry, int)
+            yield from op.regions["body"].result_types()[:carry]
 
 
 def flops_per_token(module: Module, context: int = 0, func: str = "") -> int:
