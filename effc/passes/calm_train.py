@@ -48,9 +48,15 @@ def train(made_by: Calm, module: Module, store: Store, context: Context) -> Stor
     plan = Plan(context.budget, lr=TUNING_RATE if made_by.finetune else RATE, seed=context.seed)
     fitted = context.fit(
         loss, tree, context.batches(ROWS, LENGTH), plan, trainable=trainable,
-        evaluate=lambda tree: look(tree["student"]), tag=str(made_by), title="calm: exits",
+        evaluate=lambda tree: look(tree["student"]), tag=_tag(made_by, count), title="calm: exits",
     )  # fmt: skip
     return context.model(module, store).store(fitted.params["student"], store)
+
+
+def _tag(made_by: Calm, count: int) -> str:
+    """What training depends on: a new calibration of the same exits goes on from them."""
+    places = (made_by.first, made_by.every, made_by.min_exit, count)
+    return f"{places} {made_by.adapter} {made_by.measure == 'classifier'} {made_by.finetune}"
 
 
 def part(text: str | None, *, learnt: bool) -> str | None:
