@@ -271,7 +271,8 @@ def _notes(pipeline: Pipeline, settings: Settings, source: Source, lowering: Seq
         notes.append("the model has no tokenizer: only the comparison with the input model means something")
     asked = Budget.parse(settings.heal) if settings.heal else None
     notes += healing.notes(pipeline, asked)
-    if settings.calib and not (healing.training(pipeline.passes) or healing.calibrating(pipeline.passes)):
+    reading = [one for one in pipeline.passes if one.reads_text() or one.calibrates() or one.training_minutes()]
+    if settings.calib and not reading:
         notes.append(f"{settings.calib.name} is not used: no pass of this pipeline calibrates")
     if settings.ir:
         notes.append(f"the IR is that of {settings.ir.name}, edited by hand")

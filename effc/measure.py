@@ -64,7 +64,7 @@ def evaluation(
     console: Console | None = None,
 ) -> Evaluation:
     """Perplexity and bits a byte of `model`, and its distance from `other` where there is one."""
-    text = _windows(model, file, tokens, window)
+    text = text_windows(model, file, tokens, window)
     if other and vocab_of(other.module) != vocab_of(model.module):
         raise EffcError(f"{other.path}: {vocab_of(other.module)} tokens, want {vocab_of(model.module)} as {model.path}")
     with Progress(console=console, transient=True, disable=console is None) as bar:
@@ -81,7 +81,8 @@ def _qualities(model: Opened, other: Opened | None, text: Windows, progress: Any
     return {f"{other.path} (against)": first, str(model.path): second}
 
 
-def _windows(model: Opened, file: Path | None, tokens: int, window: int) -> Windows:
+def text_windows(model: Opened, file: Path | None, tokens: int, window: int) -> Windows:
+    """The start of a text as the model's own tokens."""
     text, source = evaluate.read_text(file)
     window = min(window, context_of(model) or window)
     return evaluate.windows(model.tokenizer(), text, window=window, tokens=tokens, source=source)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from effc.cli import check, compile, distill, generate, look, measure, optimize
+from effc.cli import bisect, check, compile, distill, generate, look, measure, optimize
 from effc.cli.arguments import Parser, known_options
 from effc.cli.process import prepare
 from effc.errors import EffcError
@@ -56,7 +56,7 @@ def make_parser() -> Parser:
     version = f"effc {metadata.version('effc')}"
     parser.add_argument("--version", action="version", version=version)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
-    for group in (optimize, distill, generate, look, measure, compile, check):
+    for group in (optimize, distill, generate, look, measure, bisect, compile, check):
         group.add(verbs)
     return parser
 

@@ -137,6 +137,10 @@ class Pass(ABC):
         """`weights`, for a pass that looks at text to make them."""
         return self.weights(before, after, store)
 
+    def reads_text(self) -> bool:
+        """Whether `decided` or `arrays` look at --calib."""
+        return False
+
     def training_minutes(self) -> float:
         """How long it trains unless --heal says otherwise; 0 where it trains nothing, and `train` is not called."""
         return 0.0

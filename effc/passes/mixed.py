@@ -40,6 +40,9 @@ class Mixed(WeightPass):
     probe: int = option(1024, "tokens of text that sensitivity is measured on")
     method: Literal["mse", "absmax", "percentile", "gptq", "awq", "awq+gptq"] = option("gptq", "as of quant4")
 
+    def reads_text(self) -> bool:
+        return True
+
     def run(self, module: Module, notes: Notes) -> Module:
         """Without arrays every weight is taken to be as sensitive as any other."""
         quants = plan(module, self.asked(), notes)

@@ -64,13 +64,20 @@ class WeightPass(Pass, ABC):
             self.name, self.width, self.group, self.sym, self.scale, self.embed, self.head, self.only, self.skip, rules
         )
 
+    def reads_text(self) -> bool:
+        return self.fitted()
+
+    def fitted(self) -> bool:
+        """Whether the arrays depend on text."""
+        return self.method not in get_args(Method)
+
     def made(self, before: Module, after: Module, store: Store) -> list[Lazy]:
-        if self.method not in get_args(Method):
+        if self.fitted():
             raise PassError(f"{self.name}: method={self.method} looks at text, want the context that has it")
         return coded(before, after, store, self.method)  # type: ignore[arg-type]
 
     def arrays(self, before: Module, after: Module, store: Store, context: Context, notes: Notes) -> Store:
-        if self.method in get_args(Method) or before == after:
+        if not self.fitted() or before == after:
             return self.weights(before, after, store)
         how = How("gptq" in self.method, "awq" in self.method, self.act_order, "mse" if self.clip else "absmax")
         tokens, source = calibration_tokens(before, context, self.tokens)
