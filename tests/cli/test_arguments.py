@@ -11,7 +11,7 @@ import pytest
 
 from effc.cli import main, make_parser
 
-VERBS = ["optimize", "generate", "inspect", "opt", "diff", "passes", "eval", "bench", "verify", "doctor"]
+VERBS = ["optimize", "distill", "generate", "inspect", "opt", "diff", "passes", "eval", "bench", "verify", "doctor"]
 NUMBERS = [verb for verb in VERBS if verb != "opt"]  # opt prints IR alone
 
 
