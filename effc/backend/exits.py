@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from effc.backend import syntax
 from effc.backend.plan import Block, Plan
 from effc.backend.syntax import Expr, Names, Statement, call, expr, literal
-from effc.ir.core import Func, Op, Ref
+from effc.ir.core import Attr, Func, Op, Ref
 from effc.ir.ops import attribute
 
 
@@ -19,7 +19,7 @@ class Writer(Protocol):
     names: Names
 
     def value(self, name: str) -> Expr: ...
-    def layers(self, group: str, start: int, times: int, order: tuple[()]) -> Expr: ...
+    def layers(self, group: str, start: int, times: int, order: tuple[Attr, ...]) -> Expr: ...
 
 
 def keywords(func: Func) -> list[str]:
@@ -32,17 +32,19 @@ def early(writer: Writer, op: Op) -> list[Statement]:
     """Four local functions and the call."""
     writer.plan.used.add("early")
     blocks = {role: _target(writer, op, role) for role in ("block", "keys", "exit", "head")}
+    order = attribute(op, "order")
+    assert isinstance(order, tuple)
     rest = [syntax.code(writer.value(name)) for name in op.inputs[1:]]
     x = writer.value(op.inputs[0])
     titles = {role: writer.names.fresh(title) for role, title in _TITLES.items()}
-    state, layers = writer.names.fresh("state"), list(blocks["block"].layer_names().values())
+    state, layers = writer.names.fresh("state"), blocks["block"].layer_names()
     functions = [
-        _function(titles[role], role, blocks[role], state, rest if role in _RUN else [], layers if role in _RUN else [])
+        _function(titles[role], role, blocks[role], state, rest if role in _RUN else [], layers if role in _RUN else {})
         for role in _TITLES
     ]
     times, exits = attribute(op, "times"), attribute(op, "exits")
     assert isinstance(times, int) and isinstance(exits, tuple)
-    arrays = [_arrays(writer, blocks["block"], times), _arrays(writer, blocks["exit"], len(exits))]
+    arrays = [_arrays(writer, blocks["block"], times, order), _arrays(writer, blocks["exit"], len(exits), ())]
     stack = call("Stack", [*arrays, *map(syntax.name, titles.values())])
     told = {"at": literal(exits), "threshold": expr("threshold"), "progress": expr("progress")}
     told |= {n: literal(op.attrs[n]) for n in ("measure", "rows", "decay", "tau") if n in op.attrs}
@@ -62,16 +64,20 @@ def _target(writer: Writer, op: Op, role: str) -> Block:
     return writer.plan.blocks[target.name]
 
 
-def _function(title: str, role: str, block: Block, state: str, rest: Sequence[str], layers: Sequence[str]) -> Statement:
+def _function(
+    title: str, role: str, block: Block, state: str, rest: Sequence[str], layers: Mapping[str, str]
+) -> Statement:
     """`def run(p, x, step): return layer(p, x, cos, sin, step)`."""
     before, after = block.arguments()
     own = {"exit": ["p", state], "head": [state]}.get(role, ["p", state, "step"])
-    body = syntax.statements(f"{', '.join(layers)} = p") if len(layers) > 1 else []
+    body = syntax.statements(f"{', '.join(layers.values())} = p") if len(layers) > 1 else []
+    if layers:  # what keeps keys may read fewer groups than a layer does: both are called as the layer calls them
+        before = [*(layers[group] for group in block.groups), *["params"] * block.shared]
     body.append(syntax.give([call(block.title, [expr(a) for a in [*before, state, *rest, *after]])]))
     return syntax.function(title, own, body)
 
 
-def _arrays(writer: Writer, block: Block, count: int) -> Expr:
+def _arrays(writer: Writer, block: Block, count: int, order: tuple[Attr, ...]) -> Expr:
     """What a layer reads, one entry a layer; zipped where there are several groups."""
-    over = [writer.layers(group, 0, count, ()) for group in block.groups] or [expr(f"range({count})")]
+    over = [writer.layers(group, 0, count, order) for group in block.groups] or [expr(f"range({count})")]
     return over[0] if len(over) == 1 else call("list", [call("zip", over)])

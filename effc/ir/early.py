@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from effc.errors import nearest
 from effc.ir.core import Attr, Func, Module, Op, Ref, walk
-from effc.ir.ops import attribute
+from effc.ir.ops import array_index, attribute
 from effc.ir.printer import ref
 from effc.ir.types import Type
 
@@ -43,10 +43,19 @@ def _stacks(module: Module, role: str, func: Func, op: Op) -> Iterator[str]:
     """Stacked parameters: one array a layer, or an exit."""
     exits = op.attrs.get("exits")
     count = attribute(op, "times") if role in ("block", "keys") else len(exits) if isinstance(exits, tuple) else 0
+    order = attribute(op, "order") if role in ("block", "keys") else ()
+    if isinstance(order, tuple) and order and len(order) != count:
+        yield f"order tells the arrays of {len(order)} layers, want {count}"
+        return
     for name in dict.fromkeys(name for inner in walk(func) for name in inner.params.values()):
         param = module.params.get(name)
-        if param and param.stack and isinstance(count, int) and param.stack < count:
+        if param and param.stack and isinstance(count, int) and param.stack < needed(order, param.stack, count):
             yield f"{role}: {ref(name)} is stacked {param.stack} times, want {count}"
+
+
+def needed(order: Attr | Ref, stack: int, layers: int) -> int:
+    """How many arrays layers take of a parameter that has `stack`."""
+    return 1 + max((array_index(order, stack, layer) for layer in range(layers)), default=-1)
 
 
 def _numbers(op: Op) -> Iterator[str]:

@@ -212,7 +212,7 @@ _ROWS = [
          "run a block `times` times; the first `carry` operands are fed back, the rest stay the same; "
          "stacked parameters give array start+i to run i, or with an order array order[start+i] "
          "(those that hold one for each number of the order: start+i)"),
-    _row("early", "x*", "", "block:ref times:int exits:ints exit:ref head:ref keys:ref "
+    _row("early", "x*", "", "block:ref times:int order:ints=() exits:ints exit:ref head:ref keys:ref "
          "measure:softmax|softmax_max|state|classifier=softmax threshold:float=1.0 rows:masked|wait=masked "
          "decay:none|paper|t5x=none tau:float=4.0", _declared, _C,
          "repeat(x, ..), from which a token leaves after exits[i] layers where the confidence of exit i reaches the "

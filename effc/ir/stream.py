@@ -255,7 +255,8 @@ def _early(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence[
         target = op.attrs[name]
         assert isinstance(target, Ref)
         func = module.funcs[target.name]
-        once = _block(module, store, replace(func, ops=inline_calls(module, func).ops), (), None)
+        order = attribute(op, "order") if name == "block" else ()
+        once = _block(module, store, replace(func, ops=inline_calls(module, func).ops), order, None)
         more = rest if name == "block" else [[] for _ in states]
         return lambda xs, i: [list(r) for r in once(states, [[x, *others] for x, others in zip(xs, more)], i)]
 

@@ -56,11 +56,12 @@ class Calm(Pass):
         if module.decode is None or module.decode.strategy != "greedy":
             told = module.decode.strategy if module.decode else "nothing"
             raise PassError(f"calm: the module decodes by {told}, want greedy: calm comes first")
-        exits_of(self, find(module).layers)
+        shape = find(module)
+        exits_of(self, shape.layers, shape.order)
 
     def run(self, module: Module, notes: Notes) -> Module:
         shape = find(module)
-        at = exits_of(self, shape.layers)
+        at = exits_of(self, shape.layers, shape.order)
         params, exit = calm_adapters.block(self, shape, len(at), module)
         early = _early(self, shape, at, exit, _free("early", module))
         func = shape.keys
@@ -95,12 +96,18 @@ class Calm(Pass):
         return calibrate(self, module, store, context, notes)
 
 
-def exits_of(made_by: Calm, layers: int) -> tuple[int, ...]:
-    """After how many layers tokens may leave; PassError where that is nowhere."""
+def exits_of(made_by: Calm, layers: int, order: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """After how many layers tokens may leave; PassError where that is nowhere.
+
+    Where layers share arrays, order[i] that of layer i, tokens leave between recursions unless asked otherwise.
+    """
     first = made_by.first or max(1, layers // 3)
     every = made_by.every or max(1, layers // 3)
     if made_by.first < 0 or made_by.every < 0 or made_by.min_exit < 1:
         raise PassError("calm: first and every want 0 or more, min_exit 1 or more")
+    ends = tuple(place for place in range(made_by.min_exit, len(order)) if order[place] < order[place - 1])
+    if ends and not (made_by.first or made_by.every):
+        return ends
     at = tuple(place for place in range(first, layers, every) if place >= made_by.min_exit)
     if not at:
         raise PassError(
@@ -117,7 +124,8 @@ def _early(made_by: Calm, shape: Shape, at: tuple[int, ...], exit: Func, name: s
     told = {"measure": made_by.measure, "rows": made_by.rows}
     told |= {"decay": made_by.decay, "tau": made_by.tau} if made_by.decay != "none" else {}
     attrs = {
-        "block": shape.repeat.attrs["block"], "times": shape.layers, "exits": at, "exit": Ref(exit.name),
+        "block": shape.repeat.attrs["block"], "times": shape.layers, **({"order": shape.order} if shape.order else {}),
+        "exits": at, "exit": Ref(exit.name),
         "head": Ref(shape.head.name), "keys": Ref(shape.keys.name), **told, "threshold": 1.0,
     }  # fmt: skip
     op = Op("early", shape.repeat.inputs, (Value(logits, types[logits]), tokens), {}, attrs, {}, shape.repeat.loc)

@@ -35,6 +35,12 @@ class Shape:
         return times
 
     @property
+    def order(self) -> tuple[int, ...]:
+        """For every layer the array it takes, where layers share them."""
+        told = attribute(self.repeat, "order")
+        return tuple(number for number in told if isinstance(number, int)) if isinstance(told, tuple) else ()
+
+    @property
     def state(self) -> Type:
         """Type of x."""
         return self.repeat.outputs[0].type
@@ -63,8 +69,8 @@ def _stack(module: Module, forward: Func) -> tuple[int, Op]:
     if not found:
         raise PassError(f"calm: @{forward.name} repeats no block, want a stack of like layers to leave early")
     at, op = found[-1]
-    for name in ("start", "order", "carry"):
-        if attribute(op, name) not in (0, (), 1):
+    for name, plain in (("start", 0), ("carry", 1)):
+        if attribute(op, name) != plain:
             raise PassError(f"calm: the stack has {name}={attribute(op, name)}, want layers run once each, in order")
     for later in forward.ops[at + 1 :]:
         if later.kind not in BY_TOKEN | ELEMENTWISE:
@@ -79,7 +85,7 @@ def _block(module: Module, repeat: Op) -> Func:
     block = module.funcs[ref.name]
     names = [name for op in walk(block) for name in op.params.values()]
     short = next((n for n in names if module.params[n].stack not in (0, attribute(repeat, "times"))), None)
-    if short:
+    if short and not attribute(repeat, "order"):
         raise PassError(f"calm: @{short} is shared by layers, want arrays of each layer's own")
     return replace(block, ops=inline_calls(module, block).ops)
 

@@ -119,6 +119,7 @@ class _Spread:
         states, rest = [self.op.inputs[0]], self.op.inputs[1:]
         for start, stop in pairwise(cuts):
             told: dict[str, Any] = {"times": stop - start, "start": start}
+            told |= {"order": self.op.attrs["order"]} if "order" in self.op.attrs else {}
             states.append(self.run("repeat", states[-1], "block", self.ref("block"), *rest, **told))
         return states[1:]
 
