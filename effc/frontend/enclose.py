@@ -91,16 +91,19 @@ class _Plans:
 
     def settled(self) -> list[_Plan]:
         """What becomes of every region."""
-        for _ in range(TURNS):
+        turn = 0
+        while True:
             plans = [self._plan(ops) for ops in self.found]
             mixed = next((plan for plan in plans if not plan.reach.alone and plan.reach.causal), None)
+            blind = next((plan for plan in plans if not plan.reach.causal), None)
             if mixed is not None:
                 raise EffcError(_mixture(mixed))
-            blind = next((plan for plan in plans if not plan.reach.causal), None)
             if blind is None:
                 return plans
+            if turn == TURNS:
+                raise EffcError(_refusal(blind))
             self._grow(blind)
-        raise EffcError(_refusal(blind))
+            turn += 1
 
     def _grow(self, plan: _Plan) -> None:
         """Join a region with the next that needs it, where tokens may only have been put in another order."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from effc.errors import EffcError
+from effc.frontend.captured import Growing, table_of
 from effc.frontend.encode import IDENTITY, INLINED, RENAMED, dtype_name, encode, number
 from effc.frontend.graph import Graph
 from effc.frontend.pairs import Pair, halves, has_pairs, is_complex, paired
@@ -100,7 +101,9 @@ class _Importer:
         """A captured array: a literal where it is one number, else a named constant."""
         long = None if self.long is None else next(self.long)
         if p.shape != q.shape:
-            return self._growing(p, q, long)
+            if long is None:
+                raise Growing
+            return table_of(self.graph, p, q, long, self.type_of(p, q, "lowering").shape)
         if p.shape != q.shape or not np.array_equal(p, q, equal_nan=p.dtype.kind in "fV"):
             raise EffcError(
                 f"lowering: the program captures an array that changes with the call, {list(p.shape)} and "
@@ -111,44 +114,6 @@ class _Importer:
         if p.size <= SMALL:
             return self.graph.one("const", (), type, value=number(p.reshape(())))
         return self.graph.add("param", (), type, params={"value": self.graph.constant(p)})[0]
-
-    def _growing(self, p: np.ndarray, q: np.ndarray, long: np.ndarray | None) -> str:
-        """An array that grows with the length as the first rows of a long one."""
-        if long is None:
-            raise Growing
-        shape = self.type_of(p, q, "lowering").shape
-        (_, t), (_, u) = self.points
-        same = all(np.array_equal(long[tuple(slice(n) for n in x.shape)], x) for x in self._one(p, q, shape))
-        table = long[tuple(slice(1) if size == B else slice(None) for size in shape)]
-        if not same or any(size not in (B, T) and not isinstance(size, int) for size in shape):
-            raise EffcError(
-                f"lowering: the program captures an array that changes with the call, {list(p.shape)} and "
-                f"{list(q.shape)} for lengths {t} and {u}; want it computed from the tokens' shape"
-            )
-        return self._table(table, shape)
-
-    def _one(self, p: np.ndarray, q: np.ndarray, shape: Sequence[Size]) -> list[np.ndarray]:
-        """Both arrays of one sequence; as they are where sequences differ."""
-        out: list[np.ndarray] = []
-        for x in (p, q):
-            one = x[tuple(slice(1) if size == B else slice(None) for size in shape)]
-            out.append(one if np.array_equal(np.broadcast_to(one, x.shape), x) else x)
-        return out
-
-    def _table(self, table: np.ndarray, shape: tuple[Size, ...]) -> str:
-        """The first t rows along every axis of tokens, stretched over the sequences."""
-        one = tuple(1 if size == B else size for size in shape)
-        type = Type(dtype_name(table.dtype), one)
-        if table.ndim == 1 and table.dtype.kind in "iu" and np.array_equal(table, np.arange(len(table))):
-            return self.graph.one("lax.iota", (), type, dtype=str(type.dtype), shape=one, dimension=0)
-        name = self.graph.add(
-            "param", (), Type(type.dtype, table.shape), params={"value": self.graph.constant(table, "table")}
-        )[0]
-        name = self.graph.one("lax.slice", [name], type, start=(0,) * len(one), limit=one)
-        if one == shape:
-            return name
-        dims = tuple(range(len(shape)))
-        return self.graph.one("lax.broadcast_in_dim", [name], Type(type.dtype, shape), shape=shape, dims=dims)
 
     def operand(self, p: Any, q: Any, env: dict[Any, Any], loc: Loc) -> Any:
         """The name of a variable's value, or of a new literal."""
@@ -344,10 +309,6 @@ _INSTEAD = {
     "cond": ", which has no branches: want jnp.where, or a condition that is known when the program is traced",
     "while": ", which has no loops of unknown length: want jax.lax.scan, or fori_loop over a fixed range",
 }
-
-
-class Growing(Exception):
-    """A captured array is larger in the longer trace."""
 
 
 class _Collector(_Importer):

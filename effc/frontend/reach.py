@@ -146,7 +146,7 @@ class _Trial:
 
 
 def _by_row(found: np.ndarray) -> np.ndarray:
-    return found.any(axis=(0, *range(2, found.ndim)))
+    return np.asarray(found.any(axis=(0, *range(2, found.ndim))))
 
 
 def _band(needs: np.ndarray) -> int | None:

@@ -123,7 +123,7 @@ def flat_mlp(p: Any, x: jax.Array) -> jax.Array:
 def taps(p: Any, x: jax.Array) -> jax.Array:
     """A convolution as a sum of shifted rows."""
     t, wide = x.shape[1], jnp.pad(x, ((0, 0), (3, 0), (0, 0)))
-    return sum(wide[:, i : i + t] * p["conv"][i] for i in range(4))
+    return sum((wide[:, i : i + t] * p["conv"][i] for i in range(4)), jnp.zeros(()))
 
 
 def mean_so_far(p: Any, x: jax.Array) -> jax.Array:
@@ -313,7 +313,7 @@ class Outcome:
     back: int | None = None
 
 
-DECODES = {
+DECODES: dict[Mix, Outcome] = {
     flat_mlp: Outcome("attention"), captured_mask: Outcome("attention"), captured_sinusoids: Outcome("attention"),
     latent: Outcome("attention"), dot_product: Outcome("attention"), shared_keys: Outcome("attention attention"),
     one_hot_experts: Outcome(""), gathered_experts: Outcome(""),
@@ -322,7 +322,7 @@ DECODES = {
     linear_attention: Outcome("running running"), mean_so_far: Outcome("running"), greatest_so_far: Outcome("running"),
     scan_over_tokens: Outcome("recur"), counting_scan: Outcome("recur"), decayed_sum: Outcome("recur"),
     averaging: Outcome("window"), no_pads: Outcome("window"), block_local: Outcome("window"), sink: Outcome("window"),
-    relative_bias: Outcome("window"), soft_prompt: Outcome("window"),
+    relative_bias: Outcome("attention"), soft_prompt: Outcome("window"),
 }  # fmt: skip
 
 
