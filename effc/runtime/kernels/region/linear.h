@@ -42,13 +42,12 @@ inline float Magnitude(const float* x, int64_t count) {
     const VI bits = Bits(LoadSome(x + k, count - k)) & 0x7fffffff;
     most = bits > most ? bits : most;
   }
-  int32_t all = 0;
-  for (int i = 0; i < kLanes; ++i) all = std::max(all, most[i]);
+  const int32_t all = Highest(most);
   return LoadAs<float>(&all);
 }
 
 template <int D>
-int32_t Piece(const float* x, int64_t count, float inverse, int8_t* high, int8_t* low) {
+int32_t Round(const float* x, int64_t count, float inverse, int8_t* high, int8_t* low) {
   int32_t sum = 0;
   for (int64_t k = 0; k < count; ++k) {
     const int32_t q = static_cast<int32_t>(std::nearbyint(x[k] * inverse));
@@ -72,9 +71,9 @@ inline void Run(const Quantize& op, const Memory& memory, int64_t row) {
     const bool plain = size < 1e30f && size > 1e-30f;
     const float inverse = plain ? most / size : 0.0f;
     to.scale[p] = plain ? size / most : 0.0f;
-    const auto piece = op.digits == 2 ? Piece<2> : Piece<1>;
+    const auto round = op.digits == 2 ? Round<2> : Round<1>;
     static const float zeros[128] = {};
-    to.sum[p] = piece(plain ? x + k : zeros, count, inverse, to.digit[0] + k, to.digit[1] + k);
+    to.sum[p] = round(plain ? x + k : zeros, count, inverse, to.digit[0] + k, to.digit[1] + k);
   }
 }
 
@@ -125,41 +124,61 @@ inline void Finish(const Matrix& m, const Memory& memory, int64_t row, int64_t p
   }
 }
 
+// The codes of one piece times R rows: sums of each row, half of the panel, and digit.
+template <int R, int D, int BITS>
+inline const uint8_t* Piece(const uint8_t* codes, const char* x, int64_t block, int64_t wide, int64_t from, int64_t to,
+                            VI (&sums)[R][2][D]) {
+  for (int64_t i = from; i < to; i += 4, codes += BITS == 4 ? 64 : 128) {
+    VI first, second;
+    Codes<BITS>(codes, first, second);
+    // A hint may point past the end: it never faults.
+    if (R == 1) __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(codes) + 2048));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int d = 0; d < D; ++d) {
+        const auto quad = LoadAs<int32_t>(x + r * block + d * wide + i);
+        sums[r][0][d] = Dot(sums[r][0][d], first, quad);
+        sums[r][1][d] = Dot(sums[r][1][d], second, quad);
+      }
+    }
+  }
+  return codes;
+}
+
 // R rows from `row` times the columns of one panel; D digits.
 template <int R, int D, int BITS>
 void Block(const Matrix& m, const Memory& memory, int64_t row, int64_t panel) {
-  constexpr int32_t offset = BITS == 4 ? 8 : 128, step = BITS == 4 ? 64 : 128;
-  const Linear& op = m.op;
+  const int64_t inner = m.op.inner, piece = m.op.piece, group = m.op.group, block = m.op.block;
+  const char* x = memory.At<char>(m.op.quantized) + row * block;
+  const Digits first = RowDigits(const_cast<char*>(x), inner, piece, D);
+  const int64_t wide = first.digit[1] - first.digit[0];
   const uint8_t* codes = m.codes + panel * m.panel_bytes;
-  Digits x[R];
-  for (int r = 0; r < R; ++r) {
-    x[r] = RowDigits(memory.At<char>(op.quantized) + (row + r) * op.block, op.inner, op.piece, D);
-  }
   V y[R][2] = {};
-  for (int64_t k = 0, p = 0; k < op.inner; k += op.piece, ++p) {
-    VI sums[R][2][D] = {};
-    for (int64_t stop = std::min(op.inner, k + op.piece), i = k; i < stop; i += 4, codes += step) {
-      VI first, second;
-      Codes<BITS>(codes, first, second);
-      __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(codes) + 2048));
-      for (int r = 0; r < R; ++r) {
-        for (int d = 0; d < D; ++d) {
-          const auto quad = LoadAs<int32_t>(x[r].digit[d] + i);
-          sums[r][0][d] = Dot(sums[r][0][d], first, quad);
-          sums[r][1][d] = Dot(sums[r][1][d], second, quad);
-        }
+  for (int64_t k = 0, p = 0, g = 0, left = group; k < inner; k += piece, ++p) {
+    VI sums[R][2][D];
+    int32_t total[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      total[r] = LoadAs<int32_t>(reinterpret_cast<const char*>(first.sum + p) + r * block);
+      for (int v = 0; v < 2; ++v) {
+        sums[r][v][0] = VI{};
+        sums[r][v][D - 1] = VI{} - total[r] * (BITS == 4 ? 8 : 128);
       }
     }
-    const int64_t g = k / op.group;
+    codes = Piece<R, D, BITS>(codes, x, block, wide, k, std::min(inner, k + piece), sums);
+#pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
       const V scale = m.Scale(panel, g, v);
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const VI whole = (D == 2 ? (sums[r][v][0] << 8) + sums[r][v][D - 1] : sums[r][v][0]) - offset * x[r].sum[p];
-        V value = __builtin_convertvector(whole, V);
-        if (m.zeros) value -= m.Zero(panel, g, v) * static_cast<float>(x[r].sum[p]);
-        y[r][v] += value * (scale * x[r].scale[p]);
+        const auto size = LoadAs<float>(reinterpret_cast<const char*>(first.scale + p) + r * block);
+        V value = __builtin_convertvector(D == 2 ? (sums[r][v][0] << 8) + sums[r][v][D - 1] : sums[r][v][0], V);
+        if (m.zeros) value -= m.Zero(panel, g, v) * static_cast<float>(total[r]);
+        y[r][v] += value * (scale * size);
       }
     }
+    if ((left -= piece) <= 0) ++g, left = group;
   }
   for (int r = 0; r < R; ++r) Finish(m, memory, row + r, panel, y[r]);
 }

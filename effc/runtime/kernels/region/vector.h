@@ -10,6 +10,9 @@
 #if (defined(__AVX2__) || defined(__AVX512F__)) && !defined(EFFC_PORTABLE)
 #define EFFC_X86 1
 #include <immintrin.h>
+#ifdef __AVX512F__
+#define EFFC_AVX512 1
+#endif
 #endif
 
 namespace effc {
@@ -36,16 +39,24 @@ inline V Floats(VI x) { return LoadAs<V>(&x); }
 
 // The first `count` lanes; the others are 0.
 inline V LoadSome(const float* at, int64_t count) {
+#ifdef EFFC_AVX512
+  return reinterpret_cast<V>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), at));
+#endif
   float all[kLanes] = {};
   std::memcpy(all, at, count * sizeof(float));
   return Load(all);
 }
 
-inline void StoreSome(float* at, V value, int64_t count) { std::memcpy(at, &value, count * sizeof(float)); }
+inline void StoreSome(float* at, V value, int64_t count) {
+#ifdef EFFC_AVX512
+  return _mm512_mask_storeu_ps(at, static_cast<__mmask16>((1u << count) - 1), reinterpret_cast<__m512>(value));
+#endif
+  std::memcpy(at, &value, count * sizeof(float));
+}
 
 inline float Sum(V x) {
   float total = 0;
-#ifdef __AVX512F__
+#ifdef EFFC_AVX512
   total = _mm512_reduce_add_ps(reinterpret_cast<__m512>(x));
 #else
   for (int i = 0; i < kLanes; ++i) total += x[i];
@@ -55,6 +66,16 @@ inline float Sum(V x) {
 
 inline V Max(V a, V b) { return a > b ? a : b; }
 inline V Min(V a, V b) { return a < b ? a : b; }
+
+inline int32_t Highest(VI x) {
+#ifdef EFFC_AVX512
+  return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(x));
+#else
+  int32_t most = x[0];
+  for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+#endif
+}
 
 inline float Largest(V x) {
   float most = x[0];
@@ -93,7 +114,7 @@ inline V Tanh(V x) {
 
 // acc + products of four unsigned bytes a lane with the four signed bytes in `quad`.
 inline VI Dot(VI acc, VI bytes, int32_t quad) {
-#if defined(EFFC_X86) && defined(__AVX512VNNI__)
+#if defined(EFFC_AVX512) && defined(__AVX512VNNI__)
   return reinterpret_cast<VI>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(bytes),
                                                   _mm512_set1_epi32(quad)));
 #elif defined(EFFC_X86)
@@ -124,7 +145,7 @@ inline V Widen(const void* data, int64_t type, int64_t at) {
   if (type == kF32) return Load(static_cast<const float*>(data) + at);
   typedef uint16_t Halves __attribute__((vector_size(32)));
   const Halves raw = LoadAs<Halves>(static_cast<const uint16_t*>(data) + at);
-#ifdef __AVX512F__
+#ifdef EFFC_AVX512
   if (type == kF16) return reinterpret_cast<V>(_mm512_cvtph_ps(LoadAs<__m256i>(&raw)));
 #endif
   const VI bits = __builtin_convertvector(raw, VI);
