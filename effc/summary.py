@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -39,7 +39,8 @@ class Outline:
 
 @dataclass(frozen=True)
 class Summary:
-    """raised: transformer ops by count; primitive: traced ones left; whole: ops that see all tokens."""
+    """raised: transformer ops by count; primitive: traced ones left; unraised: those that look like
+    part of a transformer op, where and why; whole: ops that see all tokens."""
 
     name: str
     meta: dict[str, Any]
@@ -48,6 +49,7 @@ class Summary:
     structure: list[Outline]
     raised: dict[str, int]
     primitive: dict[str, int]
+    unraised: list[str]
     whole: list[str]
     notes: list[str]
 
@@ -83,9 +85,43 @@ def summarize(module: Module, notes: Sequence[str] = ()) -> Summary:
         [_outline(func, _times(module, func)) for func in module.funcs.values()],
         {kind: n for kind, n in sorted(kinds.items()) if not kind.startswith("lax.")},
         {kind: n for kind, n in sorted(kinds.items()) if kind.startswith("lax.")},
+        unraised(module),
         [_whole(func, op) for func, op in all_ops(module) if op.kind == "window" and attribute(op, "lookback") == -1],
         list(notes),
     )
+
+
+_ALMOST = {
+    "lax.dot_general": ("linear", "neither operand is a parameter"),
+    "lax.rsqrt": (
+        "norm",
+        "what it scales is not a mean square over the last axis, or more than one scale and bias follow",
+    ),
+    "lax.gather": ("embed", "it takes other than whole rows of a parameter"),
+    "lax.exp": ("attention", "no softmax over keys times values reads it"),
+    "lax.sin": ("rope", "no pairs of one value are turned by it"),
+    "lax.cos": ("rope", "no pairs of one value are turned by it"),
+}
+"""Primitives that transformer ops are made of: which, and what was missing where one is left."""
+
+
+def unraised(module: Module) -> list[str]:
+    """Where such primitives are left, outside of what attentions add to scores: a line a place."""
+    found: Counter[str] = Counter()
+    for func in module.funcs.values():
+        for op in _outside_biases(func):
+            if op.kind in _ALMOST:
+                wanted, why = _ALMOST[op.kind]
+                place = str(op.loc) if op.loc and str(op.loc) else f"@{func.name}: %{op.outputs[0].name}"
+                found[f"{op.kind} at {place}: no {wanted}: {why}"] += 1
+    return [f"{text} ({n} times)" if n > 1 else text for text, n in found.items()]
+
+
+def _outside_biases(func: Func) -> Iterator[Op]:
+    for op in func.ops:
+        yield op
+        for region in op.regions.values() if op.kind != "attention" else ():
+            yield from _outside_biases(region)
 
 
 def _rows(module: Module) -> list[Row]:
@@ -185,6 +221,7 @@ def _runs(ops: Sequence[str]) -> str:
 def _understood(summary: Summary) -> list[str]:
     lines = [f"raised: {_counts(summary.raised) or 'nothing'}"]
     lines += [f"left as traced: {_counts(summary.primitive) or 'nothing'}"]
+    lines += [f"not raised: {_plain(text)}" for text in summary.unraised]
     lines += [f"runs over all tokens each step: {_plain(text)}" for text in summary.whole]
     return lines + [f"note: {_plain(note)}" for note in summary.notes]
 

@@ -65,6 +65,16 @@ def test_inspect_json(file: Path, capsys: Capture) -> None:
     assert [part["times"] for part in found["structure"]] == [2, 1]
 
 
+def test_inspect_says_what_is_not_raised_and_why(file: Path, capsys: Capture) -> None:
+    product = """%s: f32[b,t] = lax.reduce_sum(%a) {axes=(2,)}
+    %d: f32[b,t,32] = lax.dot_general(%s, %h) {contract=((),()), batch=((0,1),(0,1))}"""
+    file.write_text(IR.replace("%d: f32[b,t,32] = linear(%a) [w=@layers.down]", product))
+    assert main(["inspect", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unraised"] == [
+        "lax.dot_general at @layer: %d: no linear: neither operand is a parameter"
+    ]
+
+
 def test_inspect_ir_prints_canonical_text(file: Path, capsys: Capture) -> None:
     assert main(["inspect", str(file), "--ir"]) == 0
     assert capsys.readouterr().out == dump(parse(IR))
