@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from effc.ir.core import Module
 from effc.passes import mor_fold, mor_route
 from effc.passes.base import Exactness, Notes, Pass, PassError, Phase, option
 from effc.passes.mor_fold import Fold, find_stack
 from effc.passes.mor_route import Routes
-from effc.passes.mor_sharing import chosen, fold
+from effc.passes.mor_sharing import Folding, chosen, fold, spans
 from effc.weights import Lazy, Store, nbytes
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Mor(Pass):
     )
     span: str = option("auto", "first and last layer folded, as 1-10; auto takes those that cost least to fold")
     init: Literal["auto", "stepwise", "average", "lower", "upper"] = option(
-        "auto", "what shared arrays begin from; auto is stepwise, average where rank is given"
+        "auto", "what shared arrays begin from; auto takes what costs least, average where rank is given"
     )
     rank: str = option("0", "rank of the low-rank delta each layer keeps; full is exact")
     norms: Literal["own", "shared"] = option("own", "whether each layer keeps its vectors (norm scales, biases)")
@@ -73,6 +73,26 @@ class Mor(Pass):
         if self.rank == "0" and nbytes(after) >= nbytes(before):
             raise PassError(f"mor: {nbytes(after)} bytes of weights after, {nbytes(before)} before: nothing was saved")
 
+    def decided(self, module: Module, store: Store, context: Context) -> Self:
+        if self.span != "auto" and self.init != "auto":
+            return self
+        from effc.passes import mor_choose
+
+        self.requires(module)
+        fold, asked = self.fold(module), read_span(self.span)
+        folds = [fold.folding] if asked else [self._folding(fold.stack.layers, s) for s in self._spans(fold)]
+        starts = (fold.init,) if self.init != "auto" or fold.rank else mor_choose.STARTS
+        best = mor_choose.choose(module, store, fold, folds, starts, context)
+        return replace(self, span=f"{best.folding.first}-{best.folding.last - 1}", init=best.init)
+
+    def _spans(self, fold: Fold) -> list[tuple[int, int]]:
+        """The one that `share` means first: it is taken where others are no better."""
+        first = (fold.folding.first, fold.folding.last - 1)
+        return [first, *(s for s in spans(fold.stack.layers, self.recursions, self.share) if s != first)]
+
+    def _folding(self, layers: int, span: tuple[int, int] | None) -> Folding:
+        return fold(layers, self.recursions, self.share, span, self.uneven)
+
     def training_minutes(self) -> float:
         return HEALING_MINUTES * (2 if self.baseline else 1)
 
@@ -87,7 +107,7 @@ class Mor(Pass):
     def fold(self, module: Module) -> Fold:
         """What becomes of the module's layers; PassError where they cannot be folded so."""
         stack, rank = find_stack(module), read_rank(self.rank)
-        folding = fold(stack.layers, self.recursions, self.share, read_span(self.span), self.uneven)
+        folding = self._folding(stack.layers, read_span(self.span))
         return Fold(stack, folding, chosen(self.init, rank), rank, self.norms == "shared")
 
 

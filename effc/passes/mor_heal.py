@@ -16,6 +16,7 @@ import numpy as np
 
 from effc.ir.core import Module, Param
 from effc.ir.rewrite import replace_ops
+from effc.passes.mor_choose import SEQUENCES, gap
 from effc.passes.mor_fold import Stack, find_stack
 from effc.passes.mor_route import ROUTER
 from effc.passes.mor_sharing import kept
@@ -107,7 +108,8 @@ def best_dropped(unique: int, context: Context) -> tuple[list[int], Module, Stor
     module, store = context.teacher_module, context.teacher_store
     stack = find_stack(module)
     found = [(layers, *dropped(module, store, stack, layers)) for layers in candidates(stack.layers, unique)]
-    gaps = [_gap(context, after, made) for _, after, made in found]
+    ids = context.batches(SEQUENCES)(0, None)["tokens"][:, :-1]
+    gaps = [gap(context.teacher, context.model(after, made), ids) for _, after, made in found]
     return found[int(np.argmin(gaps))]
 
 
@@ -131,14 +133,3 @@ def _picked(store: Store, params: list[Param], layers: list[int]) -> Iterator[La
     for param in params:
         read = store[param.name].read
         yield Lazy(param, lambda i, read=read: read(layers[i]))
-
-
-def _gap(context: Context, module: Module, store: Store) -> float:
-    """KL to the input model on a batch of training text."""
-    model, teacher = context.model(module, store), context.teacher
-    ids = context.batches(2)(0, None)["tokens"][:, :-1]
-
-    def call(told: Any, params: Any, ids: jax.Array) -> jax.Array:
-        return mean(forward_kl(teacher.program.forward(told, ids), model.program.forward(params, ids)))
-
-    return float(jax.jit(call)(teacher.params, model.params, ids))

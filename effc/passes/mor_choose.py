@@ -1,0 +1,81 @@
+"""Which layers to fold and what their arrays begin from: what costs least, on text where there are no deltas yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+import jax
+import numpy as np
+
+from effc.ir.core import Module
+from effc.passes import mor_fold
+from effc.passes.base import Notes
+from effc.passes.mor_fold import Fold
+from effc.passes.mor_sharing import Folding, Init
+from effc.runtime.train import forward_kl, mean
+from effc.weights import Lazy, Store
+
+if TYPE_CHECKING:
+    from effc.passes.context import Context, Model
+
+SEQUENCES = 4
+"""Of training text, to see what a fold costs."""
+
+STARTS: tuple[Init, ...] = ("stepwise", "lower", "upper")
+"""What shared arrays may begin from where nothing makes up for the difference."""
+
+T = TypeVar("T")
+
+
+def choose(
+    module: Module, store: Store, fold: Fold, folds: list[Folding], starts: tuple[Init, ...], context: Context
+) -> Fold:
+    """The cheapest start for the fold given, then the cheapest of the foldings with it."""
+    if fold.rank:  # deltas hide what layers differ by, and cost what they do not share
+        return replace(fold, folding=max(folds, key=lambda folding: likeness(fold, folding, store)))
+    cost = _cost(module, store, context)
+    fold = least((replace(fold, init=start) for start in starts), cost)
+    return least((replace(fold, folding=folding) for folding in folds), cost)
+
+
+def least(found: Iterable[T], cost: Callable[[T], float]) -> T:
+    """The one that costs least, asked only where there is a choice; the first of equals."""
+    listed = list(found)
+    return min(listed, key=cost) if len(listed) > 1 else listed[0]
+
+
+def likeness(fold: Fold, folding: Folding, store: Store) -> float:
+    """Mean cosine of the matrices of layers that would share one."""
+    groups = [layers for layers in folding.sources("average") if len(layers) > 1]
+    matrices = [p.name for p in fold.stack.params if len(p.type.shape) > 1]
+    return float(np.mean([_cosine(store[name], layers) for name in matrices for layers in groups]))
+
+
+def _cosine(lazy: Lazy, layers: tuple[int, ...]) -> float:
+    """Of all pairs, from the sum of the directions: |sum|^2 = n + pairs."""
+    total, n = np.zeros(()), len(layers)
+    for layer in layers:
+        array = lazy.read(layer)[""].astype(np.float64)
+        total = total + array / max(float(np.linalg.norm(array)), 1e-30)
+    return (float(np.sum(np.square(total))) - n) / (n * (n - 1))
+
+
+def _cost(module: Module, store: Store, context: Context) -> Callable[[Fold], float]:
+    """KL to the module as it is, nats a token of some training text."""
+    before = context.model(module, store)
+    ids = context.batches(SEQUENCES)(0, None)["tokens"][:, :-1]
+
+    def cost(fold: Fold) -> float:
+        after = mor_fold.folded(module, fold, Notes())
+        made = store.replace(mor_fold.made(fold, after, store), after)
+        return gap(before, context.model(after, made), ids)
+
+    return cost
+
+
+def gap(one: Model, two: Model, ids: np.ndarray) -> float:
+    """KL of the second from the first on tokens i32[n,t]."""
+    apart = jax.jit(lambda p, q, x: mean(forward_kl(one.program.forward(p, x), two.program.forward(q, x))))
+    return float(apart(one.params, two.params, ids))
