@@ -1,0 +1,54 @@
+"""The same operation however a program writes it: raised, rolled, and equal to the program."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+from effc.frontend import lower
+from effc.frontend.check import check
+from effc.ir.core import walk
+from tests.passes.raising import small
+from tests.passes.raising.small import Way
+
+WAYS = {
+    "scattered": Way(small.by_scatter),
+    "complex-table": Way(small.by_complex),
+    "complex-exponential": Way(small.by_exponential, repeat_first=True),
+    "one-hot-learned-bias": Way(embed=small.one_hot, bias=small.relative_one_hot),
+    "sinusoids-learned-bias": Way(embed=small.sinusoids, bias=small.relative),
+    "curved-bias": Way(bias=small.curved),
+}
+LEFT = {"lax.dot_general", "lax.rsqrt", "lax.exp", "lax.gather", "lax.scatter", "window"}
+
+
+@pytest.fixture(autouse=True)
+def usual_promotion() -> Iterator[None]:
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_raised_rolled_and_equal(way: Way) -> None:
+    source = small.source(way)
+    low = lower(source)
+    assert low.notes == []
+    layer = low.module.funcs["layer"]
+    found = Counter(op.kind for op in layer.ops)
+    assert found["attention"] == 1
+    assert found["rope"] == (0 if way.turn is small.unturned else 2)
+    assert not LEFT & {op.kind for func in low.module.funcs.values() for op in func.ops}
+    (attention,) = (op for op in layer.ops if op.kind == "attention")
+    assert layer.types()[attention.inputs[1]].shape[2] == 2  # heads are shared, not repeated
+    assert ("bias" in attention.regions) == (way.bias is not small.unbiased)
+    check(low, source)
+
+
+def test_each_layer_reads_its_own_learned_bias() -> None:
+    module = lower(small.source(WAYS["sinusoids-learned-bias"])).module
+    (attention,) = (op for op in walk(module.funcs["layer"]) if op.kind == "attention")
+    tables = [op for op in module.funcs["layer"].ops if op.kind == "param" and op.out.name in attention.inputs]
+    assert [module.params[op.params["value"]].stack for op in tables] == [2]
