@@ -68,11 +68,13 @@ class Packed:
     def plain(self) -> QArray:
         """The same as stored in files but for one byte a code."""
         codes = self._quads().transpose(1, 4, 0, 2, 3).reshape(self.extent, -1)[:, : self.columns]
-        scales, zeros = (None if part is None else self._by_group(part) for part in (self.scales, self.zeros))
-        parts = [codes, scales, zeros] if self.axis == -2 else [x if x is None else x.T for x in (codes, scales, zeros)]
-        codes, scales, zeros = parts
-        assert codes is not None and scales is not None
+        zeros = None if self.zeros is None else self._as_stored(self._by_group(self.zeros))
+        codes, scales = self._as_stored(codes), self._as_stored(self._by_group(self.scales))
         return QArray(codes, scales, zeros, 8, self.group, self.axis, self.shape[-1])
+
+    def _as_stored(self, values: jax.Array) -> jax.Array:
+        """[K,N] or [N,K], of [K,N]."""
+        return values if self.axis == -2 else values.T
 
     def _quads(self) -> jax.Array:
         """int8 [panels,K/4,2,16,4] codes."""

@@ -84,7 +84,7 @@ def call(program: Program, flags: tuple[str, ...] | None = None) -> Sequence[jax
         jax.ShapeDtypeStruct((slot.size // 4,) if slot.shape is None else slot.shape, slot.dtype)
         for slot in program.outputs
     ]
-    run = jax.ffi.ffi_call(target(flags), shapes, input_output_aliases=program.aliases)
+    run = jax.ffi.ffi_call(target(flags), shapes, input_output_aliases=program.aliases, vmap_method="sequential")
     return run(*program.inputs, program=program.words())
 
 

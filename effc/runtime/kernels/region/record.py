@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 _on: ContextVar[bool] = ContextVar("record", default=False)
 
@@ -59,9 +60,18 @@ def _shape(avals: Any, options: Any) -> Any:
 @LAYER.def_abstract_eval
 def _abstract(*avals: Any, **options: Any) -> Any:
     out = _shape(tuple((aval.shape, aval.dtype) for aval in avals), tuple(options.items()))
-    return jax.core.ShapedArray(out.shape, out.dtype)
+    return jax.core.ShapedArray(out.shape, out.dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @LAYER.def_impl
 def _run(*leaves: Any, **options: Any) -> Any:
     return reference(*leaves, **options)
+
+
+def _batched(leaves: Any, axes: Any, **options: Any) -> Any:
+    return jax.vmap(lambda *args: reference(*args, **options), in_axes=axes)(*leaves), 0
+
+
+# Where an equation stays one (mapped, or inside a transformation that regions do not look into).
+batching.primitive_batchers[LAYER] = _batched
+mlir.register_lowering(LAYER, mlir.lower_fun(reference, multiple_results=False))
