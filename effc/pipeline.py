@@ -14,7 +14,8 @@ from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedTok
 
 from effc.errors import EffcError, nearest
 from effc.passes import PASSES
-from effc.passes.base import Exactness, Pass
+from effc.passes.base import Exactness, Pass, Phase
+from effc.passes.mor import Mor
 
 _TWICE = "both code the same weights; keep one, e.g. quant4{rules=*.down:8} or mixed{bits=5} for a mix of widths"
 
@@ -22,8 +23,29 @@ CONFLICTS: Mapping[frozenset[str], str] = {
     frozenset({"quant4", "quant8"}): _TWICE,
     frozenset({"quant4", "mixed"}): _TWICE,
     frozenset({"quant8", "mixed"}): _TWICE,
+    frozenset({"calm", "draft"}): "both say how tokens are decoded; keep one: draft alone gives the model's own text, "
+    "calm alone text within a bound of it",
 }
 """Pairs that cannot run in one pipeline, and what to write instead. Every other pair is legal and tested."""
+
+ROUTED: Mapping[str, str] = {
+    "calm": "both say at which depth a token stops; write mor{router=none}: exits between recursions decide it",
+    "draft": "drafts that are refused cannot be taken back out of a depth's own keys; write mor{router=none}",
+}
+"""What does not go with tokens that are routed, and what to write instead."""
+
+WHY: Mapping[Phase, str] = {
+    Phase.CLEAN: "before others look for what they know",
+    Phase.FOLD: "says which arrays there are: what learns from them or counts them comes after",
+    Phase.EXITS: "on the layers as folded",
+    Phase.DRAFT: "a drafter imitates the model as it will be",
+    Phase.HEAL: "training needs floats, and all that is to be trained",
+    Phase.SMOOTH: "moves outliers before they are rounded",
+    Phase.QUANTIZE: "shared arrays are coded once, after they have learned",
+    Phase.FUSE: "joins arrays of one coding",
+    Phase.CALIBRATE: "measured on the weights as they are served",
+}
+"""Why a phase stands where it stands."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +76,13 @@ class Pipeline:
         shown = " -> ".join(f"{p.name} ({p.phase})" for p in ordered)
         return f"passes run by phase, not as written: {shown}"
 
+    def phases(self, heals: bool, calibrates: bool) -> list[str]:
+        """A line a phase that something is done in: who, and why there."""
+        own = {phase: [str(p) for p in self.passes if p.phase == phase] for phase in Phase}
+        own[Phase.HEAL] += ["training"] * heals
+        own[Phase.CALIBRATE] += ["calibration"] * calibrates
+        return [f"{phase}: {', '.join(names)}: {WHY[phase]}" for phase, names in own.items() if names]
+
     def exactness(self) -> Exactness:
         """That of its worst pass."""
         return max((p.exactness for p in self.passes), default=Exactness.EXACT)
@@ -77,6 +106,9 @@ def _check(passes: tuple[Pass, ...]) -> None:
         if pair <= set(names):
             first, second = sorted(pair, key=names.index)
             raise EffcError(f"--passes: '{first}' and '{second}' do not go together: {mend}")
+    for routed in (p for p in passes if isinstance(p, Mor) and p.router != "none"):
+        for name in (name for name in ROUTED if name in names):
+            raise EffcError(f"--passes: '{routed}' and '{name}' do not go together: {ROUTED[name]}")
 
 
 class _Read(Transformer):  # type: ignore[type-arg]

@@ -41,7 +41,7 @@ def test_any_text_survives_as_an_option(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("quant5", "--passes: no pass 'quant5', want some of clean, quant8, quant4, fuse; did you mean"),
+        ("quant5", f"--passes: no pass 'quant5', want some of {', '.join(PASSES)}; did you mean"),
         ("quant4{grup=1}", "quant4: no option 'grup'"),
         ("quant4{group=1,group=2}", "quant4: option 'group' is given twice, want it once"),
         ("clean,fuse,clean", "--passes: 'clean' is there 2 times, want it once"),
@@ -92,6 +92,28 @@ def test_every_legal_pair_runs(pair: tuple[str, str], request: pytest.FixtureReq
     text = text.replace("2 * f32", "6 * f32").replace("times=2", "times=6")
     steps = runner.run(parse(text), Pipeline.parse(",".join(pair)).ordered())
     assert len(steps) == 2
+
+
+@pytest.mark.parametrize("passes", ["mor{router=expert},calm", "draft,mor{router=token}"])
+def test_routed_recursions_refuse_what_cannot_follow_them(passes: str) -> None:
+    with pytest.raises(EffcError, match=r"'mor\{router=.*\}' and '.*' do not go together: .*write mor\{router=none\}"):
+        Pipeline.parse(passes)
+
+
+def test_the_whole_line_runs_by_phase_and_says_why(request: pytest.FixtureRequest) -> None:
+    from effc.ir.parser import parse
+    from effc.passes import runner
+
+    text = request.path.parent.joinpath("passes", "tiny.effc").read_text()
+    pipeline = Pipeline.parse("quant4,calm,mor")
+    steps = runner.run(parse(text.replace("2 * f32", "6 * f32").replace("times=2", "times=6")), pipeline.ordered())
+    assert [step.made_by.name for step in steps] == ["mor", "calm", "quant4"]
+    assert [line.partition(":")[0] for line in pipeline.phases(heals=True, calibrates=True)] == [
+        "fold", "exits", "heal", "quantize", "calibrate",
+    ]  # fmt: skip
+    early = next(op for op in steps[-1].after.funcs["early"].ops if op.kind == "early")
+    assert early.attrs["order"] == (0, 1, 2, 1, 2, 3)
+    assert early.attrs["exits"] == (3,)  # where the first recursion ends
 
 
 def test_conflicts_name_passes_that_exist() -> None:
