@@ -13,8 +13,9 @@ from effc.passes.base import Notes, PassError, option
 from effc.passes.quant.budget import Choice, spend
 from effc.passes.quant.options import WeightPass
 from effc.passes.quant.rules import first
-from effc.passes.quant.sensitivity import harms, nbytes, sensitivity
-from effc.passes.quant.statistics import statistics
+from effc.passes.quant.sensitivity import Sensitivity, harms, nbytes, sensitivity
+from effc.passes.quant.spans import Came, Cut, cut, loops, outstanding, parse_cuts, spell_cuts, stacked
+from effc.passes.quant.statistics import Statistics, statistics
 from effc.passes.quant.text import calibration_tokens
 from effc.passes.weight_rules import fitting_group, kinds, plan, recoded
 from effc.weights import Store
@@ -35,8 +36,10 @@ class Mixed(WeightPass):
 
     name: ClassVar[str] = "mixed"
     width: ClassVar[int] = 4
+    writes: ClassVar[frozenset[str]] = frozenset({"*"})
 
     bits: float = option(4.5, "bits a weight to spend over all that is coded, scales included")
+    cut: str = option("", "layers at which weights begin to be coded otherwise: layer:1+11; found where not given")
     probe: int = option(1024, "tokens of text that sensitivity is measured on")
     method: Literal["mse", "absmax", "percentile", "gptq", "awq", "awq+gptq"] = option("gptq", "as of quant4")
 
@@ -45,6 +48,7 @@ class Mixed(WeightPass):
 
     def run(self, module: Module, notes: Notes) -> Module:
         """Without arrays every weight is taken to be as sensitive as any other."""
+        module = self._cut(module).module
         quants = plan(module, self.asked(), notes)
         open_ = self._open(module, quants)
         if open_:
@@ -53,19 +57,46 @@ class Mixed(WeightPass):
             quants |= self._spent(module, quants, open_, alike)
         return recoded(module, quants)
 
+    def prepared(self, before: Module, store: Store) -> tuple[Module, Store, Came]:
+        cut_ = self._cut(before)
+        return cut_.module, cut_.store(store), cut_.came
+
     def decided(self, module: Module, store: Store, context: Context) -> Self:
-        """With a rule for every parameter."""
+        """With a rule for every parameter, and stacks cut where layers differ."""
         self.requires(module)
-        quants, notes = plan(module, self.asked(), Notes()), Notes()
-        open_ = self._open(module, quants)
+        self.run(module, Notes())  # what cannot be is told before anything is measured
+        quants, notes = plan(module, replace(self.asked(), rules=()), Notes()), Notes()
         tokens, source = calibration_tokens(module, context, self.tokens)
         seen = statistics(module, store, tokens, source=source, spare=context.folder)
-        at = {name: _form(quants[name], module, name, MEASURED) for name in open_}
-        known = sensitivity(module, store, at, tokens[: max(1, self.probe // tokens[0].size)], notes.chose)
-        harm = {name: harms(module, store, known, name, forms, seen) for name, forms in open_.items()}
-        chosen = self._spent(module, quants, open_, harm)
-        rules = [self.rules] if self.rules else []
-        return replace(self, rules=";".join([*rules, *(_rule(name, quant) for name, quant in chosen.items())]))
+        at = {name: _form(quant, module, name, MEASURED) for name, quant in quants.items()}
+        blocks = {block: [n for n in stacked(module, block) if n in at] for block in loops(module)}
+        blocks = {block: names for block, names in blocks.items() if names}
+        known = sensitivity(module, store, at, blocks, tokens[: max(1, self.probe // tokens[0].size)], notes.chose)
+        cuts = parse_cuts(f"{self.name}: cut", self.cut) or {b: outstanding(known.layers[b]) for b in blocks}
+        made_by = replace(self, cut=spell_cuts(cuts))
+        return replace(made_by, rules=made_by._chosen(module, store, seen, known, blocks))
+
+    def _chosen(
+        self, module: Module, store: Store, seen: Statistics, known: Sensitivity, blocks: Mapping[str, Sequence[str]]
+    ) -> str:
+        """The rules as they were given, and one for every parameter that none of them speaks of."""
+        after, its_store, came = self.prepared(module, store)
+        seen, quants = seen.renamed(came), plan(after, self.asked(), Notes())
+        open_ = self._open(after, quants)
+        block_of = {name: block for block, names in blocks.items() for name in names}
+        harm: dict[str, list[float]] = {}
+        for name, forms in open_.items():
+            param, (old, start) = after.params[name], came.get(name, (name, 0))
+            cost = known.harm[old]
+            if old in block_of:
+                cost = known.of_span(old, block_of[old], range(start, start + param.stack))
+            harm[name] = harms(its_store, param, forms, (known.at[old], cost), seen)
+        chosen = self._spent(after, quants, open_, harm)
+        return ";".join([*filter(None, [self.rules]), *(_rule(name, quant) for name, quant in chosen.items())])
+
+    def _cut(self, module: Module) -> Cut:
+        where = f"{self.name}: cut"
+        return cut(where, module, parse_cuts(where, self.cut))
 
     def _open(self, module: Module, quants: Mapping[str, Quant]) -> dict[str, list[Quant]]:
         """What each parameter may become that no rule speaks of."""

@@ -10,6 +10,7 @@ from effc.ir.core import Module
 from effc.passes.base import Exactness, Notes, Pass, PassError, Phase, option
 from effc.passes.quant.coding import Coder, How
 from effc.passes.quant.rules import parse_rules
+from effc.passes.quant.spans import Came
 from effc.passes.quant.statistics import statistics
 from effc.passes.quant.text import calibration_tokens
 from effc.passes.quantizer import Method
@@ -71,10 +72,17 @@ class WeightPass(Pass, ABC):
         """Whether the arrays depend on text."""
         return self.method not in get_args(Method)
 
+    def prepared(self, before: Module, store: Store) -> tuple[Module, Store, Came]:
+        """What is coded: the module, perhaps in pieces, its arrays, and which array each came from."""
+        return before, store, {}
+
     def made(self, before: Module, after: Module, store: Store) -> list[Lazy]:
         if self.fitted():
             raise PassError(f"{self.name}: method={self.method} looks at text, want the context that has it")
-        return coded(before, after, store, self.method)  # type: ignore[arg-type]
+        middle, cut, came = self.prepared(before, store)
+        done = coded(middle, after, cut, self.method)  # type: ignore[arg-type]
+        left = came.keys() - {lazy.param.name for lazy in done}
+        return [*done, *(cut[name] for name in left)]
 
     def arrays(self, before: Module, after: Module, store: Store, context: Context, notes: Notes) -> Store:
         if not self.fitted() or before == after:
@@ -82,7 +90,8 @@ class WeightPass(Pass, ABC):
         how = How("gptq" in self.method, "awq" in self.method, self.act_order, "mse" if self.clip else "absmax")
         tokens, source = calibration_tokens(before, context, self.tokens)
         seen = statistics(before, store, tokens, source=source, spare=context.folder, progress=notes.chose)
-        return store.replace(Coder(how, before, after, store, seen, notes).made(), after)
+        middle, cut, came = self.prepared(before, store)
+        return cut.replace(Coder(how, middle, after, cut, seen.renamed(came), notes).made(), after)
 
     def ensures(self, before: Module, after: Module) -> None:
         shrinks(self.name, before, after)

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from effc.passes.quant.scaling import output_error
 from effc.passes.quant.statistics import Statistics, cache_folder, model_hash
 from effc.passes.quantizer import rounded
 from effc.passes.weight_rules import coded, recoded
-from effc.weights import Array, Store
+from effc.weights import Array, Arrays, Lazy, Store
 
 if TYPE_CHECKING:
     from effc.divergence import Reference
@@ -41,39 +41,80 @@ class Sensitivity:
 
     at: Mapping[str, Quant]
     harm: Mapping[str, float]
+    layers: Mapping[str, Sequence[float]]
+    """Of each layer of a block, all that is coded in it together."""
+
+    def of_span(self, name: str, block: str, span: range) -> float:
+        """Of some layers of a parameter, by their part in what all layers cost."""
+        return self.harm[name] * sum(self.layers[block][i] for i in span) / sum(self.layers[block])
 
 
 def sensitivity(
-    module: Module, store: Store, at: Mapping[str, Quant], tokens: Sequence[Array], say: Callable[[str], None]
-) -> Sensitivity:
-    """Of the parameters in `at`, from the cache or measured into it."""
+    module: Module, store: Store, at: Mapping[str, Quant], blocks: Mapping[str, Sequence[str]], tokens: Sequence[Array],
+    say: Callable[[str], None],
+) -> Sensitivity:  # fmt: skip
+    """Of the parameters in `at` and of the layers of `blocks`, from the cache or measured into it."""
     key = hashlib.blake2b(digest_size=16)
-    key.update(f"{model_hash(module, store)} {sorted((n, str(q)) for n, q in at.items())}".encode())
+    key.update(f"{model_hash(module, store)} {sorted((n, str(q)) for n, q in at.items())} {dict(blocks)}".encode())
     for chunk in tokens:
         key.update(np.ascontiguousarray(chunk, np.int32).tobytes())
     file = cache_folder().with_name("sensitivity") / f"{key.hexdigest()}.json"
+    what = f"sensitivity of {len(at)} parameters and of each layer"
     if file.exists():
-        say(f"sensitivity of {len(at)} parameters: reused")
-        return Sensitivity(at, json.loads(file.read_text()))
-    found = _measured(module, store, at, tokens)
-    say(f"sensitivity of {len(at)} parameters: measured on {sum(c.size for c in tokens)} tokens")
+        say(f"{what}: reused")
+        return Sensitivity(at, **json.loads(file.read_text()))
+    found = _measured(module, store, at, blocks, tokens)
+    say(f"{what}: measured on {sum(c.size for c in tokens)} tokens")
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     part.write_text(json.dumps(found))
     part.rename(file)
-    return Sensitivity(at, found)
+    return Sensitivity(at, **found)
 
 
-def _measured(module: Module, store: Store, at: Mapping[str, Quant], tokens: Sequence[Array]) -> dict[str, float]:
+def _measured(
+    module: Module, store: Store, at: Mapping[str, Quant], blocks: Mapping[str, Sequence[str]], tokens: Sequence[Array]
+) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="effc-"))
     try:
         from effc.divergence import Reference  # it evaluates, and evaluating lowers, which imports passes
         from effc.evaluate import Windows
 
         reference = Reference((module, store), Windows(tuple(tokens), 1), folder)
-        return {name: max(FLOOR, _alone(module, store, name, quant, reference)) for name, quant in at.items()}
+        harm = {name: max(FLOOR, _alone(module, store, name, quant, reference)) for name, quant in at.items()}
+        return {
+            "harm": harm,
+            "layers": {name: _layers(module, store, at, own, reference) for name, own in blocks.items()},
+        }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _layers(
+    module: Module, store: Store, at: Mapping[str, Quant], names: Sequence[str], reference: Reference
+) -> list[float]:
+    """With what `at` says of one layer of a block, the others as they are."""
+    count = module.params[names[0]].stack
+    out: list[float] = []
+    for layer in range(count):
+        made = [Lazy(module.params[name], _only(store[name], at[name], layer)) for name in names]
+        out.append(max(FLOOR, reference.divergence((module, store.replace(made, module)))))
+    return out
+
+
+def _only(lazy: Lazy, quant: Quant, layer: int) -> Callable[[int], Arrays]:
+    """Arrays of a parameter, that of one layer rounded."""
+
+    def read(i: int) -> Arrays:
+        arrays = lazy.read(i)
+        if i != layer:
+            return arrays
+        upright = quant.axis == -2
+        w = np.asarray(arrays[""] if upright else arrays[""].T, np.float32)
+        near = rounded(w, replace(quant, axis=-2), "mse")
+        return {"": (near if upright else near.T).astype(arrays[""].dtype)}
+
+    return read
 
 
 def _alone(module: Module, store: Store, name: str, quant: Quant, reference: Reference) -> float:
@@ -82,16 +123,13 @@ def _alone(module: Module, store: Store, name: str, quant: Quant, reference: Ref
 
 
 def harms(
-    module: Module, store: Store, known: Sensitivity, name: str, quants: Sequence[Quant], seen: Statistics
+    store: Store, param: Param, quants: Sequence[Quant], measured: tuple[Quant, float], seen: Statistics
 ) -> list[float]:
-    """Expected nats a token for each way to code a parameter."""
-    param = module.params[name]
+    """Expected nats a token for each way to code a parameter, from what one way was measured to cost."""
     layers = np.unique(np.linspace(0, param.count - 1, SAMPLED).astype(int))
-    errors = {
-        quant: sum(_error(store, param, quant, int(i), seen) for i in layers) for quant in (known.at[name], *quants)
-    }
-    unit = max(errors[known.at[name]], 1e-30)
-    return [known.harm[name] * errors[quant] / unit for quant in quants]
+    at, harm = measured
+    errors = {q: sum(_error(store, param, q, int(i), seen) for i in layers) for q in {at, *quants}}
+    return [harm * errors[quant] / max(errors[at], 1e-30) for quant in quants]
 
 
 def _error(store: Store, param: Param, quant: Quant, layer: int, seen: Statistics) -> float:

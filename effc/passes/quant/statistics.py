@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -76,6 +76,16 @@ class Statistics:
     def has(self, name: str) -> bool:
         """Whether something was seen of the input of this matrix."""
         return (name, 0) in self.places
+
+    def renamed(self, came: Mapping[str, tuple[str, int]]) -> Statistics:
+        """For parameters that are pieces of others: the old name, and the number of the first array."""
+        more = {
+            (new, i - first): found
+            for new, (old, first) in came.items()
+            for (name, i), found in self.places.items()
+            if name == old and i >= first
+        }
+        return replace(self, places={**self.places, **more})
 
     def of(self, name: str, layer: int) -> Seen:
         """Of the input of a matrix's array."""
