@@ -65,7 +65,7 @@ class PassReport:
 
     def healing(self) -> list[str]:
         """A line for each run of training."""
-        return [f"{self.spelling} trained {_run(run)}" for run in self.trained]
+        return [f"{_titled(self.spelling, run)} trained {_run(run)}" for run in self.trained]
 
     def json(self) -> dict[str, Any]:
         """Every field by name."""
@@ -88,6 +88,8 @@ class Report:
     notes: Sequence[str] = ()
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])
     peak_bytes: int = 0
+    planned: Mapping[str, Any] | None = None
+    """What `effc plan` says of such a run."""
 
     def json(self) -> dict[str, Any]:
         """For report.json and --json."""
@@ -102,6 +104,7 @@ class Report:
             "notes": list(self.notes),
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "peak_bytes": self.peak_bytes,
+            "planned": dict(self.planned) if self.planned else None,
         }
 
     def rows(self) -> list[Row]:
@@ -128,6 +131,11 @@ class Report:
         env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         env.filters["size"] = size
         return env.from_string(resources.files("effc").joinpath("report.html").read_text()).render(report=self)
+
+
+def _titled(spelling: str, run: Mapping[str, Any]) -> str:
+    title = run.get("title") or spelling
+    return title if title.startswith(spelling) else f"{spelling}: {title}"
 
 
 def _run(run: Mapping[str, Any]) -> str:

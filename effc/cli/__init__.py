@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         print(f"effc: {error.filename}: {error.strerror}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("effc: interrupted; nothing half-written is left", file=sys.stderr)
+    except KeyboardInterrupt as told:  # training says what it kept
+        print(f"effc: interrupted; {told or 'nothing half-written is left'}", file=sys.stderr)
         return INTERRUPTED
     return 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from effc.runtime.engine import Engine
 from effc.runtime.program import Program
 from effc.runtime.qarray import QArray
 from effc.runtime.train.budget import Budget
+from effc.runtime.train.checkpoints import digest
 from effc.runtime.train.data import windows
 from effc.runtime.train.history import Fitted, Row
 from effc.runtime.train.judge import judge
@@ -114,7 +116,8 @@ class Context:
     def own(self) -> OwnText:
         """Samples of the teacher."""
         engine = Engine(self.teacher.program, self.teacher.params)
-        return OwnText(engine, self._starts(), self.window, self.seed, folder=self.folder / "own")
+        folder = self.folder / f"own-{digest(self.teacher.params)}"
+        return OwnText(engine, self._starts(), self.window, self.seed, folder=folder)
 
     def batches(self, rows: int, length: int | None = None) -> Batches:
         """{tokens i32[rows,length+1], mask}: windows of --calib, or the teacher's own samples."""
@@ -145,12 +148,18 @@ class Context:
         trainable: Tree = True, evaluate: Evaluate | None = None, tag: str = "", title: str = "",
     ) -> Fitted:  # fmt: skip
         """`effc.runtime.train.fit` with a progress bar, checkpoints in `folder`, and its numbers in the report."""
-        plan, tag = replace(plan, folder=self.folder / self.name), f"{self.name}|{tag}|{self.calib is None}"
+        plan, tag = replace(plan, folder=self.folder / self.name), f"{self.name}|{title}|{tag}|{self._sources()}"
         told = _printed(self.console, title or self.name, evaluate) if evaluate else None
         with _bar(self.console, title or self.name) as watch:
             fitted = fit(loss, params, batches, plan, trainable=trainable, watch=watch, evaluate=told, tag=tag)
+        fitted = replace(fitted, title=title)
         self.runs.setdefault(self.name, []).append(fitted)
         return fitted
+
+    def _sources(self) -> str:
+        """Of what is learned from and looked at: with other texts it is another run."""
+        calib = hashlib.sha256(self.calib.encode()).hexdigest() if self.calib is not None else "own"
+        return f"{calib}|{self.heldout.sha256}|{self.seed}"
 
     def _starts(self) -> list[int]:
         """What a text begins with: what the tokenizer puts there, an end of text, else any token."""

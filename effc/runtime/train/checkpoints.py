@@ -21,12 +21,17 @@ KEPT = 2
 def fingerprint(plan: Plan, params: Tree, mask: Tree, tag: str = "") -> str:
     """Of all that decides where a run goes: what is trained, from which arrays, by which plan; tag is the caller's."""
     # the folder and how often it is saved to are no part of what a plan shows
-    digest = hashlib.blake2b(f"{plan!r}|{tag}|{flags(params, mask)}".encode(), digest_size=12)
+    return digest(params, f"{plan!r}|{tag}|{flags(params, mask)}")
+
+
+def digest(params: Tree, more: str = "") -> str:
+    """A name for these very arrays, 24 hexadecimal digits."""
+    found = hashlib.blake2b(more.encode(), digest_size=12)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)}{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data if array.size else b"")
-    return digest.hexdigest()
+        found.update(f"{jax.tree_util.keystr(path)}{array.dtype}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data if array.size else b"")
+    return found.hexdigest()
 
 
 class Checkpoints:

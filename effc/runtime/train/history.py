@@ -47,6 +47,7 @@ class Fitted:
     looks: list[Look]
     resumed: int = 0
     """The step that this run went on from."""
+    title: str = ""
 
     @property
     def tokens_per_second(self) -> float:
@@ -58,5 +59,5 @@ class Fitted:
         every, last = -(-len(self.history) // SHOWN) or 1, len(self.history) - 1
         rows = [asdict(row) for i, row in enumerate(self.history) if i % every == 0 or i == last]
         own = {name: getattr(self, name) for name in ("steps", "seconds", "compile_seconds", "tokens", "resumed")}
-        own["tokens_per_second"] = self.tokens_per_second
+        own["title"], own["tokens_per_second"] = self.title, self.tokens_per_second
         return own | {"looks": [asdict(look) for look in self.looks], "history": rows}

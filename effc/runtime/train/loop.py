@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effc.errors import EffcError
+from effc.runtime.engine import keep_compiled
 from effc.runtime.train.checkpoints import Checkpoints, fingerprint
 from effc.runtime.train.history import Fitted, Look, Row
 from effc.runtime.train.plan import Batch, Batches, Loss, Plan, Tick, Tree
@@ -41,6 +42,7 @@ def fit(
     Ctrl-C, or a polite kill, ends it after the step that runs: a checkpoint is kept in plan.folder, then
     KeyboardInterrupt. A second one ends it at once. `tag` tells runs apart whose loss or data differ.
     """
+    keep_compiled()
     if not take(params, trainable):
         raise EffcError("train: no parameter is trainable, want some")
     folder = plan.folder / fingerprint(plan, params, trainable, tag) if plan.folder else None
@@ -86,13 +88,20 @@ class _Run:
                     watch(self.history[-1])
                 if stop():
                     self._save()
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(self._kept())
                 if self.seconds - self.saved > self.plan.every:
                     self._save()
         self._look(evaluate)
         self._save()
         counts = (self.step, self.seconds, self.compile_seconds, self.tokens)
         return Fitted(self.params, *counts, self.history, self.looks, self.resumed)
+
+    def _kept(self) -> str:
+        """What Ctrl-C leaves."""
+        folder = self.checkpoints.folder
+        return (
+            f"training is kept at step {self.step} in {folder}: the same command goes on from there" if folder else ""
+        )
 
     def _advance(self) -> None:
         """One step, timed; the first compiles."""
@@ -166,4 +175,4 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(tmp_path: Path) -> None:
     whole = fit(loss, params(), BATCHES, PLAN)
 
     kept = replace(PLAN, folder=tmp_path)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"kept at step 5 in .*: the same command goes on"):
         fit(loss, params(), BATCHES, kept, watch=stop_at(5))
     resumed = fit(loss, params(), BATCHES, kept)
     assert resumed.resumed == 5
@@ -140,3 +141,9 @@ def test_refused(change: dict[str, object], message: str) -> None:
     given = {"loss": loss, "params": params(), "batches": BATCHES, "plan": PLAN, **change}
     with pytest.raises(EffcError, match=message):
         fit(**given)  # type: ignore[arg-type]
+
+
+def test_what_training_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optax", None)
+    with pytest.raises(EffcError, match=r"training needs optax.*pip install 'effc\[train\]'"):
+        fit(loss, params(), BATCHES, PLAN)
