@@ -21,8 +21,9 @@ from effc.frontend.trace import Traced, trace
 from effc.ir.core import Decode, Func, Module, Op, Param, Ref
 from effc.ir.tokens import Dep, dependence
 from effc.ir.types import evaluate
-from effc.passes.raising.attention import raise_attentions, share_heads
+from effc.passes.raising.attention import raise_attentions
 from effc.passes.raising.columns import raise_columns
+from effc.passes.raising.heads import share_heads
 from effc.passes.raising.linear import raise_embeddings, raise_linears
 from effc.passes.raising.norm import raise_norms
 from effc.passes.raising.rope import raise_ropes

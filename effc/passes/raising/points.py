@@ -10,17 +10,12 @@ import numpy as np
 
 from effc.frontend.graph import Graph
 from effc.ir.core import Attr, Func, Op, Value
-from effc.ir.interpret import Context, concrete, evaluate_func, shape_of
-from effc.ir.ops import ELEMENTWISE
+from effc.ir.interpret import Context, evaluate_func
 from effc.ir.types import Size, Type, evaluate
 from effc.passes.raising.biases import Scalars, parameters_between
-from effc.passes.raising.probe import Unseen, constant_of, region, run_region, signature
-from effc.runtime import primitives
+from effc.passes.raising.pointwise import At, Tables
+from effc.passes.raising.probe import Unseen, region, signature
 from effc.runtime.layers import score_bias
-
-Index = tuple[np.ndarray, ...]
-MANY = 1 << 22
-"""Values of fewer elements may be made whole where there is no rule for a point of them."""
 
 HIDDEN = -9e3
 """A score this low, or lower, takes no part in a softmax."""
@@ -215,7 +210,7 @@ class _Mask:
         apart = dict(zip(self.head_axes, np.unravel_index(np.asarray(head), self.head_shape), strict=True))
         apart |= {self.where.axes.query: np.asarray(i), self.where.axes.key: np.asarray(j)}
         places = tuple(np.asarray(self._merged(group, apart)) for group in self.where.layout)
-        z = _At(self.graph, self.sizes, {self.scores: np.float32(score)}, self.tables).value(self.z, places)
+        z = At(self.graph, self.sizes, {self.scores: np.float32(score)}, self.tables).value(self.z, places)
         return np.broadcast_to(z, np.broadcast_shapes(*(p.shape for p in places)))
 
     def _merged(self, group: tuple[int, ...], apart: dict[int, Any]) -> Any:
@@ -229,171 +224,6 @@ class _Mask:
 def _short(x: float) -> float:
     """The shortest decimal that is the same float32."""
     return float(str(np.float32(x)))
-
-
-class Tables:
-    """Stand-ins for parameters: 0, or random numbers; `touched` once one was read that is no fixed array."""
-
-    def __init__(self) -> None:
-        self.touched = self.random = False
-
-    def array(self, graph: Graph, param: str) -> np.ndarray:
-        """The fixed array that a parameter is, or its stand-in."""
-        fixed = constant_of(graph, param)
-        if fixed is not None:
-            return fixed
-        self.touched = True
-        shape = shape_of(graph.params[param].type, {})
-        rng = np.random.default_rng(len(param) + sum(shape))
-        return rng.normal(size=shape).astype(np.float32) if self.random else np.zeros(shape, np.float32)
-
-
-class _At:
-    """One evaluation at points; `feeds` are values that are the same number everywhere."""
-
-    def __init__(self, graph: Graph, sizes: dict[str, int], feeds: dict[str, np.float32], tables: Tables) -> None:
-        self.graph, self.sizes, self.feeds, self.tables = graph, sizes, feeds, tables
-        self.memo: dict[object, Any] = {}
-
-    def value(self, name: str, index: Index) -> Any:
-        """The value at `index`, arrays of indices that broadcast together, one an axis."""
-        name = self.graph.find(name)
-        if name in self.feeds:
-            return self.feeds[name]
-        key = (name, *(id(a) for a in index))
-        if key not in self.memo:
-            self.memo[key] = (self._compute(name, index), index)  # keeps the index alive, so ids stay unique
-        return self.memo[key][0]
-
-    def _compute(self, name: str, index: Index) -> Any:
-        op = self.graph.op(name)
-        if op is None:
-            raise Unseen("the mask depends on the tokens")
-        if op.kind in ELEMENTWISE:
-            return self._elementwise(op, index)
-        rule = _RULES.get(op.kind)
-        result = rule(self, op, index) if rule else None
-        return self._whole(op, name, index) if result is None else result
-
-    def _elementwise(self, op: Op, index: Index) -> Any:
-        attrs = {key: concrete(v, self.sizes) for key, v in op.attrs.items()}
-        operands = [self.value(i, self._clamped(i, index)) for i in op.inputs]
-        dtypes = [primitives.dtype_of(str(self.graph.type(i).dtype)) for i in op.inputs]
-        arrays = [jnp.asarray(x, d) for x, d in zip(operands, dtypes, strict=True)]
-        shape = jnp.broadcast_shapes(*(a.shape for a in arrays))
-        arrays = [jnp.broadcast_to(a, shape) for a in arrays]
-        return np.asarray(primitives.LAX[op.kind.removeprefix("lax.")](*arrays, **attrs))
-
-    def _clamped(self, name: str, index: Index) -> Index:
-        """The index into an operand: 0 along axes of size 1."""
-        shape = self.graph.type(name).shape
-        if not shape:
-            return ()
-        return tuple(_ZERO if size == 1 else at for size, at in zip(shape, index, strict=True))
-
-    def _whole(self, op: Op, name: str, index: Index) -> Any:
-        """Points of a value made whole, if it is small and depends on nothing."""
-        shape = shape_of(self.graph.type(name), self.sizes)
-        ops = region(self.graph, [name], [])
-        if not all(self._constant(p) for o in ops for p in o.params.values()):
-            raise Unseen("the mask depends on parameters")
-        made = {v.name for o in ops for v in o.outputs}
-        if any(i not in made for o in ops for i in o.inputs):
-            raise Unseen("the mask depends on the tokens")
-        if np.prod(shape) > MANY:
-            raise Unseen(f"no rule for a point of '{op.kind}' {op.loc or ''}")
-        key = ("whole", name)
-        if key not in self.memo:
-            params = {p: constant_of(self.graph, p) for o in ops for p in o.params.values()}
-            self.memo[key] = run_region(self.graph, [name], {}, self.sizes, params)[0]
-        return self.memo[key][tuple(index)] if index else self.memo[key]
-
-    def _constant(self, param: str) -> bool:
-        return self.graph.params[param].path in self.graph.constants
-
-
-_ZERO = np.zeros((), np.int64)
-
-
-def _const(at: _At, op: Op, index: Index) -> Any:
-    return np.asarray(op.attrs["value"])
-
-
-def _iota(at: _At, op: Op, index: Index) -> Any:
-    dimension = op.attrs["dimension"]
-    assert isinstance(dimension, int)
-    return index[dimension]
-
-
-def _broadcast(at: _At, op: Op, index: Index) -> Any:
-    dims = op.attrs["dims"]
-    assert isinstance(dims, tuple)
-    picked = tuple(index[d] for d in dims)  # type: ignore[index]
-    return at.value(op.inputs[0], at._clamped(op.inputs[0], picked))
-
-
-def _transpose(at: _At, op: Op, index: Index) -> Any:
-    order = op.attrs["permutation"]
-    assert isinstance(order, tuple)
-    back: list[Any] = [None] * len(order)
-    for place, axis in enumerate(order):
-        back[axis] = index[place]  # type: ignore[call-overload]
-    return at.value(op.inputs[0], tuple(back))
-
-
-def _reshape(at: _At, op: Op, index: Index) -> Any:
-    before, after = at.graph.type(op.inputs[0]).shape, op.out.type.shape
-    if [s for s in before if s != 1] == [s for s in after if s != 1]:
-        long = iter([i for i, s in zip(index, after, strict=True) if s != 1])
-        return at.value(op.inputs[0], tuple(_ZERO if s == 1 else next(long) for s in before))
-    sizes = shape_of(op.out.type, at.sizes)
-    flat: Any = 0
-    for i, s in zip(index, sizes, strict=True):
-        flat = flat * s + i
-    inner = shape_of(at.graph.type(op.inputs[0]), at.sizes)
-    return at.value(op.inputs[0], tuple(np.unravel_index(np.asarray(flat), inner)))
-
-
-def _slice(at: _At, op: Op, index: Index) -> Any:
-    start = concrete(op.attrs["start"], at.sizes)
-    strides = concrete(op.attrs.get("strides"), at.sizes) or (1,) * len(start)
-    shape = shape_of(at.graph.type(op.inputs[0]), at.sizes)
-    moved = tuple(np.asarray(s + i * k) for s, i, k in zip(start, index, strides, strict=True))
-    if any((m >= n).any() for m, n in zip(moved, shape, strict=True)):
-        raise Unseen(f"a table of {list(shape)} entries is shorter than the context")
-    return at.value(op.inputs[0], moved)
-
-
-def _concatenate(at: _At, op: Op, index: Index) -> Any:
-    axis = op.attrs["dimension"]
-    assert isinstance(axis, int)
-    start, out = 0, None
-    for name in op.inputs:
-        size = shape_of(at.graph.type(name), at.sizes)[axis]
-        inside = np.clip(index[axis] - start, 0, size - 1)
-        piece = at.value(name, (*index[:axis], inside, *index[axis + 1 :]))
-        out = piece if out is None else np.where(index[axis] >= start, piece, out)
-        start += size
-    return out
-
-
-def _embed(at: _At, op: Op, index: Index) -> Any:
-    row = np.asarray(at.value(op.inputs[0], index[:-1])).astype(np.int64)
-    table = at.tables.array(at.graph, op.params["table"])
-    if row.min() < 0 or row.max() >= len(table):
-        raise Unseen(f"a table of {len(table)} rows is shorter than the context")
-    return table[row, index[-1]]
-
-
-def _param(at: _At, op: Op, index: Index) -> Any:
-    return at.tables.array(at.graph, op.params["value"])[tuple(np.asarray(i) for i in index)]
-
-
-_RULES = {
-    "embed": _embed, "param": _param, "const": _const,
-    "lax.iota": _iota, "lax.broadcast_in_dim": _broadcast, "lax.transpose": _transpose,
-    "lax.reshape": _reshape, "lax.slice": _slice, "lax.concatenate": _concatenate,
-}  # fmt: skip
 
 
 # -- biases ---------------------------------------------------------------------------------------------

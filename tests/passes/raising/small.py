@@ -115,7 +115,9 @@ def weights() -> Any:
         "up": (WIDTH, 48), "down": (48, WIDTH), "scale": (WIDTH,), "bias": (8, HEADS),
     }  # fmt: skip
     shapes = {"embed": (VOCAB, WIDTH), "head": (WIDTH, VOCAB)}
-    made = {name: rng.normal(size=shape, scale=0.3).astype(np.float32) for name, shape in shapes.items()}
+    made: dict[str, Any] = {
+        name: rng.normal(size=shape, scale=0.3).astype(np.float32) for name, shape in shapes.items()
+    }
     for i in range(2):
         made[f"layer_{i}"] = {n: rng.normal(size=s, scale=0.3).astype(np.float32) for n, s in layer.items()}
     return made
