@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen, nnx
 
 from effc import distilling
@@ -18,29 +16,13 @@ from effc.driver import optimize as run
 from effc.errors import EffcError
 from effc.frontend import adapt
 from effc.frontend.checkpoints import open_checkpoint
-from effc.frontend.source import PyTree, Source, Spec, TokenizerFiles, flatten
+from effc.frontend.source import InMemory, PyTree, Source, TokenizerFiles, flatten
 from effc.frontend.tokenizer import Tokenizer
 from effc.opened import Opened, of_source, open_model
 from effc.report import Report
 
 Forward = Callable[[PyTree, jax.Array], jax.Array]
 Model = str | Path | linen.Module | nnx.Module | Forward
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """Arrays that somebody else keeps, by path."""
-
-    arrays: Mapping[str, Any]
-
-    def names(self) -> Iterable[str]:
-        return self.arrays
-
-    def spec(self, name: str) -> Spec:
-        return Spec(np.shape(self.arrays[name]), self.arrays[name].dtype)
-
-    def read(self, name: str) -> np.ndarray:
-        return np.asarray(self.arrays[name])
 
 
 def load(

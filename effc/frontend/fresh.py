@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen, nnx
 
 from effc.errors import EffcError
 from effc.frontend import adapt
 from effc.frontend.checkpoints.user_code import load_build
-from effc.frontend.source import Source, Spec, TokenizerFiles, flatten, unflatten
-
-
-@dataclass(frozen=True)
-class Made:
-    """Arrays in memory, by path."""
-
-    arrays: Mapping[str, Any]
-
-    def names(self) -> list[str]:
-        return list(self.arrays)
-
-    def spec(self, name: str) -> Spec:
-        return Spec(np.shape(self.arrays[name]), self.arrays[name].dtype)
-
-    def read(self, name: str) -> np.ndarray:
-        return np.asarray(self.arrays[name])
+from effc.frontend.source import InMemory, Source, TokenizerFiles, flatten, unflatten
 
 
 def fresh(
@@ -48,7 +30,7 @@ def fresh(
     flat = {name: _float32(array) for name, array in flatten(arrays).items()}
     spec = adapt.as_spec(unflatten(flat))
     meta = {"format": "fresh", "vocab": adapt.vocab_of(forward, spec, ref)}
-    return Source(Path(ref.partition(":")[0]).stem, forward, spec, Made(flat), tokenizer, context, meta)
+    return Source(Path(ref.partition(":")[0]).stem, forward, spec, InMemory(flat), tokenizer, context, meta)
 
 
 def _linen(module: linen.Module, seed: int) -> Any:

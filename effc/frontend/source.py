@@ -24,6 +24,22 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
+class InMemory:
+    """Arrays that somebody else keeps, by path."""
+
+    arrays: Mapping[str, Any]
+
+    def names(self) -> Iterable[str]:
+        return self.arrays
+
+    def spec(self, name: str) -> Spec:
+        return Spec(np.shape(self.arrays[name]), self.arrays[name].dtype)
+
+    def read(self, name: str) -> np.ndarray:
+        return np.asarray(self.arrays[name])
+
+
+@dataclass(frozen=True)
 class TokenizerFiles:
     """json is tokenizer.json; extra the files beside it (tokenizer_config.json, chat_template.jinja)."""
 
