@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from effc.frontend.check import check
 from effc.frontend.lowering import lower
 from effc.frontend.source import Source
 from effc.frontend.tokenizer import Tokenizer
-from effc.ir.core import Module
+from effc.ir.core import Module, Ref
 from effc.memory import peak_bytes
 from effc.passes import runner
 from effc.passes.base import Exactness
@@ -33,6 +34,7 @@ from effc.passes.runner import Step, Watch
 from effc.passes.weight_rules import coded
 from effc.pipeline import Pipeline
 from effc.plan import Plan, side
+from effc.predict import Prediction, predict
 from effc.report import Report, Side, Speed
 from effc.running import PROBE_TOKENS, run_passes
 from effc.runtime.train.budget import Budget
@@ -44,6 +46,9 @@ TRAIN_WINDOW = 256
 """Tokens of a training sequence; one less than the context where that is shorter: the last one is only told."""
 
 EXPORT_TOKENS = 1024
+
+STEP_SECONDS = 2.0
+"""Of training, where a budget is given in steps: what 1024 tokens of a small model take."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ def optimize(source: Source, out: Path, settings: Settings | None = None, consol
         checked = check(lowered, source, text.ids(), seed=settings.seed)
         lowered = replace(lowered, traced=None)  # the model's own program is large and has been compared
     notes = _notes(pipeline, settings, source, lowered.notes)
+    foretold, began = _foretold(edited or lowered.module, pipeline, asked, text.scored), time.perf_counter()
     with staged(out, settings.force) as work:
         with scratch(work) as spool:
             origin = State(lowered.module, lowered.store)
@@ -118,6 +124,10 @@ def optimize(source: Source, out: Path, settings: Settings | None = None, consol
             seconds=dict(clock.seconds),
             peak_bytes=peak_bytes(),
         )
+        planned = foretold.beside(
+            report, time.perf_counter() - began + sum(clock.seconds[n] for n in ("lower", "check"))
+        )
+        report = replace(report, notes=[*report.notes, planned], planned=foretold.json())
         artifact.write_report(work, report.json(), report.html())
         write_manifest(work, _manifest(source, settings, report, text, calib, files, final))
     if settings.work is None:
@@ -128,7 +138,7 @@ def optimize(source: Source, out: Path, settings: Settings | None = None, consol
 def plan(source: Source, settings: Settings | None = None) -> Plan:
     """What `optimize` would do; reads no weights and writes nothing but dumps that are asked for."""
     settings = settings or Settings()
-    pipeline, _ = _asked(settings)
+    pipeline, asked = _asked(settings)
     lowered = lower(source)
     edited = edited_module(lowered.module, settings.ir)
     start = edited or lowered.module
@@ -136,7 +146,21 @@ def plan(source: Source, settings: Settings | None = None) -> Plan:
     after = steps[-1].after if steps else start
     exactness, notes = _exactness(pipeline, edited), _notes(pipeline, settings, source, lowered.notes)
     sizes = side(lowered.module), side(after)
-    return Plan(lowered.module.name, str(pipeline), str(exactness), *sizes, steps, notes)
+    phases = pipeline.phases(bool(healing.training(pipeline.passes)), bool(healing.calibrating(pipeline.passes)))
+    foretold = predict(lowered.module, after, _minutes(pipeline, asked), settings.eval_tokens)
+    return Plan(lowered.module.name, str(pipeline), str(exactness), *sizes, steps, notes, phases, foretold)
+
+
+def _minutes(pipeline: Pipeline, asked: Budget | None) -> dict[str, float]:
+    """Of training by pass; a step is taken for two seconds."""
+    found = healing.budgets(pipeline.passes, asked)
+    return {name: budget.minutes or budget.steps * STEP_SECONDS / 60 for name, budget in found.items()}
+
+
+def _foretold(start: Module, pipeline: Pipeline, asked: Budget | None, scored: int) -> Prediction:
+    """What `plan` would have said."""
+    steps = runner.run(start, pipeline.ordered())
+    return predict(start, steps[-1].after if steps else start, _minutes(pipeline, asked), scored)
 
 
 def transform(
@@ -284,6 +308,14 @@ def _hash_of(file: Path | None) -> str:
     return hashlib.sha256(evaluate.read_text(file)[0].encode()).hexdigest() if file else ""
 
 
+def _decoding(module: Module) -> Mapping[str, Any]:
+    """The strategy and its settings, what is certified included; functions by name."""
+    if module.decode is None:
+        return {}
+    attrs = {name: value.name if isinstance(value, Ref) else value for name, value in module.decode.attrs.items()}
+    return {"strategy": module.decode.strategy, **attrs}
+
+
 def _manifest(
     source: Source,
     settings: Settings,
@@ -298,6 +330,7 @@ def _manifest(
         "name": report.name,
         "source": {"name": source.name, **source.meta},
         "pipeline": report.pipeline,
+        "decode": _decoding(final.module),
         "seed": settings.seed,
         "exactness": report.exactness,
         "evaluated_on": {"text": text.source, "sha256": text.sha256, "tokens": text.scored},

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from effc.ir.core import Func, Module, Op, Ref, all_ops
+from effc.ir.analysis import runs
+from effc.ir.core import Module, Op, all_ops
 from effc.passes.runner import Step
-from effc.report import Report, Row, Side, size
+from effc.report import Report, Row, Side
 from effc.weights import elements, nbytes, parts
 
 
@@ -23,11 +24,11 @@ def side(module: Module) -> Side:
 
 def token_bytes(module: Module) -> int:
     """Bytes of weights read to decode one token of one sequence: tables count for a row."""
-    runs = _runs(module)
+    times = runs(module)
     reads: dict[str, int] = {}
     for func, op in all_ops(module):
         for role, name in op.params.items():
-            reads[name] = max(reads.get(name, 0), _read(module, op, role, name) * runs.get(func.name, 1))
+            reads[name] = max(reads.get(name, 0), _read(module, op, role, name) * times.get(func.name, 0))
     return sum(reads.values())
 
 
@@ -39,19 +40,11 @@ def _read(module: Module, op: Op, role: str, name: str) -> int:
     return whole // rows if isinstance(rows, int) and rows else whole
 
 
-def _runs(module: Module) -> dict[str, int]:
-    """How often each block runs for a token."""
-    runs: dict[str, int] = {}
+class Predicted(Protocol):
+    """Speed, memory and time."""
 
-    def visit(func: Func, times: int) -> None:
-        runs[func.name] = runs.get(func.name, 0) + times
-        for op in func.ops:
-            target, count = op.attrs.get("block"), op.attrs.get("times", 1)
-            if op.kind == "repeat" and isinstance(target, Ref) and isinstance(count, int):
-                visit(module.funcs[target.name], times * count)
-
-    visit(module.forward(), 1)
-    return runs
+    def lines(self) -> list[str]: ...
+    def json(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -65,6 +58,8 @@ class Plan:
     after: Side
     steps: Sequence[Step]
     notes: Sequence[str] = ()
+    phases: Sequence[str] = ()
+    predicted: Predicted | None = None
 
     def table(self) -> Group:
         """For the terminal."""
@@ -80,7 +75,7 @@ class Plan:
         return [row for row in report.rows() if row.before != "-" or row.after != "-"]
 
     def _lines(self) -> list[str]:
-        lines = [*self.notes, f"peak memory: about {size(self.before.nbytes)} and the libraries at most"]
+        lines = [*self.notes, *self.phases, *(self.predicted.lines() if self.predicted else [])]
         for number, step in enumerate(self.steps, 1):
             lines.append(f"{number}. {step.made_by} ({step.made_by.phase}, {step.made_by.exactness})")
             lines += [f"   {choice}" for choice in step.notes.choices]
@@ -97,6 +92,8 @@ class Plan:
             "after": self.after.json(),
             "passes": [_step_json(step) for step in self.steps],
             "notes": list(self.notes),
+            "phases": list(self.phases),
+            "predicted": self.predicted.json() if self.predicted else None,
         }
 
 

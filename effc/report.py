@@ -65,7 +65,7 @@ class PassReport:
 
     def healing(self) -> list[str]:
         """A line for each run of training."""
-        return [f"{_titled(self.spelling, run)} trained {_run(run)}" for run in self.trained]
+        return [f"{run['title'] or self.spelling} trained {_run(run)}" for run in self.trained]
 
     def json(self) -> dict[str, Any]:
         """Every field by name."""
@@ -131,11 +131,6 @@ class Report:
         env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         env.filters["size"] = size
         return env.from_string(resources.files("effc").joinpath("report.html").read_text()).render(report=self)
-
-
-def _titled(spelling: str, run: Mapping[str, Any]) -> str:
-    title = run.get("title") or spelling
-    return title if title.startswith(spelling) else f"{spelling}: {title}"
 
 
 def _run(run: Mapping[str, Any]) -> str:

@@ -43,6 +43,31 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     _ir_options(parser)
     model_options(parser)
     json_option(parser)
+    _add_plan(verbs)
+
+
+def _add_plan(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verb(
+        verbs,
+        "plan",
+        show_plan,
+        "show what optimize would do, in which order and why, and what it would take; reads no weights",
+        "effc plan examples/stdlib12/model.ckpt --passes quant4,calm,mor",
+    )
+    parser.add_argument("model", type=Path, help="checkpoint, as for optimize")
+    parser.add_argument("--passes", default="", help="what to do, in any order (see effc passes)")
+    parser.add_argument("--heal", default="", metavar="BUDGET", help="training of all passes together: 10m, 500 steps")
+    parser.add_argument("--dump", type=Path, metavar="DIR", help="write the IR after every pass to DIR/NN-pass.effc")
+    model_options(parser)
+    json_option(parser)
+
+
+def show_plan(args: argparse.Namespace) -> None:
+    from effc import driver
+    from effc.frontend.checkpoints import open_checkpoint
+
+    source = open_checkpoint(args.model, module=args.module, dtype=args.dtype)
+    show(args, driver.plan(source, driver.Settings(passes=args.passes, heal=args.heal, dump=args.dump)))
 
 
 def _ir_options(parser: argparse.ArgumentParser) -> None:

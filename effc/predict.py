@@ -1,0 +1,117 @@
+"""What a run is likely to take: speed from bytes and ops, memory, time. Rough, and held against what was.
+
+A token costs the reading of its weights and keys at the speed of memory, measured here, and a little for every op.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from effc.ir.analysis import cache_bytes_per_token, flops_per_token, param_count, runs
+from effc.ir.core import Module
+from effc.plan import token_bytes
+from effc.report import Report, size
+from effc.speed import LIBRARIES
+from effc.weights import nbytes
+
+PROBE_BYTES = 64 << 20
+"""Larger than caches."""
+
+OP_SECONDS = 4e-6
+"""For every op of a decoded token beside its bytes (measured: 12 layers of 20 ops take 1 ms)."""
+
+FLOPS = 2e10
+"""Arithmetic a second while checking and evaluating, compiling counted in."""
+
+STARTING = 45.0
+"""Seconds of tracing, compiling and checking that do not depend on the weights."""
+
+COPIES = 6
+"""Of the weights in f32 while training: teacher, student, gradient, two of the optimizer, one on its way."""
+
+SEQUENCES, LOGITS = 1024, 6
+"""Tokens of a training step, and how often their logits are held."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """tokens a second of one sequence, decoding; seconds of the whole run, training among them."""
+
+    nbytes: int
+    token_bytes: int
+    decode: float
+    peak_bytes: int
+    seconds: float
+    training: float
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        trains = f", {self.training / 60:.3g} min of them training" if self.training else ""
+        return [
+            f"decode: about {self.decode:.0f} tokens/s here; peak memory: about {size(self.peak_bytes)}",
+            f"time: about {self.seconds / 60:.2g} min{trains}",
+        ]
+
+    def json(self) -> dict[str, Any]:
+        """Every number by name."""
+        return asdict(self)
+
+    def beside(self, report: Report, seconds: float) -> str:
+        """One line: what was predicted and what was."""
+        speed = report.after.speed
+        pairs = [
+            ("weights", size(self.nbytes), size(report.after.nbytes)),
+            ("a token reads", size(self.token_bytes), size(report.after.token_bytes)),
+            ("decode", f"{self.decode:.0f} tokens/s", f"{speed.decode:.0f}" if speed else "not measured"),
+            ("peak memory", size(self.peak_bytes), size(report.peak_bytes)),
+            ("time", f"{self.seconds:.0f} s", f"{seconds:.0f} s"),
+        ]
+        return "planned (and what it was): " + ", ".join(f"{what} {told} ({was})" for what, told, was in pairs)
+
+
+def predict(before: Module, after: Module, minutes: Mapping[str, float], scored: int) -> Prediction:
+    """From structure alone; minutes of training by pass, scored tokens of the evaluation."""
+    training = 60 * sum(minutes.values())
+    work = 2 * scored * (flops_per_token(before, 256) + flops_per_token(after, 256)) / FLOPS
+    peak = LIBRARIES + 2 * max(nbytes(before), nbytes(after))
+    if training:
+        peak = max(peak, LIBRARIES + 4 * COPIES * param_count(before) + 4 * LOGITS * SEQUENCES * _vocab(before))
+    written = 3 * nbytes(before) / bandwidth()
+    return Prediction(
+        nbytes(after), token_bytes(after), decode_rate(after), peak, STARTING + work + written + training, training
+    )
+
+
+def decode_rate(module: Module, context: int = 128) -> float:
+    """Tokens a second of one sequence that holds `context` tokens."""
+    read = token_bytes(module) + context * cache_bytes_per_token(module)
+    ops = sum(times * len(module.funcs[name].ops) for name, times in runs(module).items())
+    return 1 / (read / bandwidth() + ops * OP_SECONDS)
+
+
+def _vocab(module: Module) -> int:
+    size = module.forward().result_types()[0].shape[-1]
+    return size if isinstance(size, int) else 0
+
+
+def bandwidth() -> float:
+    """Bytes a second that this machine reads, the best of some copies."""
+    if not _MEASURED:
+        array = np.ones(PROBE_BYTES // 4, np.float32)
+        other = np.empty_like(array)
+        _MEASURED.append(max(_copied(array, other) for _ in range(3)))
+    return _MEASURED[0]
+
+
+_MEASURED: list[float] = []
+
+
+def _copied(array: np.ndarray, other: np.ndarray) -> float:
+    start = time.perf_counter()
+    np.copyto(other, array)
+    return 2 * array.nbytes / (time.perf_counter() - start)
