@@ -22,6 +22,9 @@ from effc.runtime.train.plan import Batch, Batches, Loss, Plan, Tick, Tree
 from effc.runtime.train.step import State, compiled, optimizer
 from effc.runtime.train.tree import put, take
 
+WORTH = 20
+"""Training between two checkpoints takes at least so many times what one takes."""
+
 Watch = Callable[[Row], None]
 Evaluate = Callable[[Tree], Mapping[str, float]]
 
@@ -66,7 +69,7 @@ class _Run:
         self.once = compiled(loss, make, mask, plan)
         self.key = jax.random.key(plan.seed)
         self.step, self.resumed, self.tokens = 0, 0, 0
-        self.seconds, self.compile_seconds, self.saved = 0.0, 0.0, 0.0
+        self.seconds, self.compile_seconds, self.saved, self.cost = 0.0, 0.0, 0.0, 0.0
         self.history, self.looks = list[Row](), list[Look]()
 
     @property
@@ -89,7 +92,7 @@ class _Run:
                 if stop():
                     self._save()
                     raise KeyboardInterrupt(self._kept())
-                if self.seconds - self.saved > self.plan.every:
+                if self.seconds - self.saved > self._pause():
                     self._save()
         self._look(evaluate)
         self._save()
@@ -139,8 +142,13 @@ class _Run:
     def _save(self) -> None:
         counts = {name: getattr(self, name) for name in _COUNTS}
         rows, looks = [asdict(row) for row in self.history], [asdict(look) for look in self.looks]
+        start = time.perf_counter()
         self.checkpoints.save(self.step, self.state, {**counts, "history": rows, "looks": looks})
-        self.saved = self.seconds
+        self.saved, self.cost = self.seconds, time.perf_counter() - start
+
+    def _pause(self) -> float:
+        """Seconds until the next checkpoint: those of large models are rarer, or they would take most of the time."""
+        return max(self.plan.every, WORTH * self.cost) if self.plan.every else 0.0
 
     def _resume(self) -> None:
         found = self.checkpoints.latest(self.state)

@@ -63,7 +63,7 @@ class Plan:
     folder: Path | None = field(default=None, repr=False, compare=False)
     """Where checkpoints go; a run of the same plan on the same arrays goes on from the last one there."""
     every: float = field(default=60.0, repr=False, compare=False)
-    """Seconds between checkpoints."""
+    """Seconds between checkpoints, more where they are large; 0 is after every step."""
     looks: int = 4
     """How often `evaluate` looks at the parameters on the way, beside before and after."""
 
