@@ -11,7 +11,10 @@ import pytest
 
 from effc.cli import main, make_parser
 
-VERBS = ["optimize", "distill", "generate", "inspect", "opt", "diff", "passes", "eval", "bench", "verify", "doctor"]
+VERBS = [
+    "optimize", "plan", "distill", "generate", "inspect", "opt", "diff", "passes", "eval", "bench", "bisect", "compile",
+    "verify", "doctor",
+]  # fmt: skip
 NUMBERS = [verb for verb in VERBS if verb != "opt"]  # opt prints IR alone
 
 
