@@ -11,8 +11,11 @@ from effc.passes.mixed import Mixed
 from effc.passes.mor import Mor
 from effc.passes.quant4 import Quant4
 from effc.passes.quant8 import Quant8
+from effc.passes.smooth import Smooth
 
-PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (Clean, Mor, Calm, Draft, Quant8, Quant4, Mixed, Fuse)}
+PASSES: dict[str, type[Pass]] = {
+    cls.name: cls for cls in (Clean, Mor, Calm, Draft, Smooth, Quant8, Quant4, Mixed, Fuse)
+}
 """Every pass, in the order of the phases."""
 
 __all__ = [
@@ -31,4 +34,5 @@ __all__ = [
     "Phase",
     "Quant4",
     "Quant8",
+    "Smooth",
 ]

@@ -17,7 +17,7 @@ from effc.passes.quant.sensitivity import Sensitivity, harms, nbytes, sensitivit
 from effc.passes.quant.spans import Came, Cut, cut, loops, outstanding, parse_cuts, spell_cuts, stacked
 from effc.passes.quant.statistics import Statistics, statistics
 from effc.passes.quant.text import calibration_tokens
-from effc.passes.weight_rules import fitting_group, kinds, plan, recoded
+from effc.passes.weight_rules import fitting_group, kinds, plan, recoded, summarize
 from effc.weights import Store
 
 if TYPE_CHECKING:
@@ -48,13 +48,15 @@ class Mixed(WeightPass):
 
     def run(self, module: Module, notes: Notes) -> Module:
         """Without arrays every weight is taken to be as sensitive as any other."""
-        module = self._cut(module).module
-        quants = plan(module, self.asked(), notes)
+        module, first_notes = self._cut(module).module, Notes()
+        quants = plan(module, self.asked(), first_notes)
+        notes.skips += first_notes.skips
         open_ = self._open(module, quants)
         if open_:
             notes.chose("sensitivity is not measured yet: all weights are taken to hurt alike")
             alike = {n: [_steps(q) * _weights(module, n) for q in forms] for n, forms in open_.items()}
             quants |= self._spent(module, quants, open_, alike)
+        summarize(module, quants, notes)
         return recoded(module, quants)
 
     def prepared(self, before: Module, store: Store) -> tuple[Module, Store, Came]:

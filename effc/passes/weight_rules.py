@@ -70,7 +70,7 @@ def plan(module: Module, rules: Rules, notes: Notes) -> dict[str, Quant]:
         else:
             out[name] = _ruled(param, role, rule, rules, notes) if rule else _quant(param, role, rules, notes)
     check_used(f"{rules.name}: rules", rules.rules, used, list(module.params))
-    _summary(module, out, notes)
+    summarize(module, out, notes)
     return out
 
 
@@ -224,7 +224,8 @@ def fitting_group(extent: int, group: int) -> int:
     return 0 if near == extent else near
 
 
-def _summary(module: Module, quants: Mapping[str, Quant], notes: Notes) -> None:
+def summarize(module: Module, quants: Mapping[str, Quant], notes: Notes) -> None:
+    """How many parameters are coded how, to `notes`."""
     by_code: dict[str, int] = {}
     for quant in quants.values():
         by_code[str(quant)] = by_code.get(str(quant), 0) + 1

@@ -21,7 +21,8 @@ def test_every_option_is_spelled_back_and_has_a_meaning(cls: type[Pass]) -> None
         assert one.doc, f"{cls.name}: option {one.name} has no doc"
         other = {"true": "false"}.get(str(one.default).lower(), "true") if one.kind == "bool" else None
         text = other or next((c for c in one.kind.split("|") if c != str(one.default)), "7")
-        spelled = f"{cls.name}{{{one.name}={text if '|' in one.kind or other else '64'}}}"
+        number = "64.0" if one.kind == "float" else "64"
+        spelled = f"{cls.name}{{{one.name}={text if '|' in one.kind or other else number}}}"
         assert str(Pipeline.parse(spelled)) == spelled
 
 

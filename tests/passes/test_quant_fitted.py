@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effc.evaluate import Windows
 from effc.ir.core import Module
 from effc.ir.parser import parse
 from effc.ir.stream import Watch, look
 from effc.ir.types import Quant
-from effc.passes import PassError, Quant4, Quant8, runner
+from effc.passes import PassError, Quant4, Quant8, Smooth, runner
 from effc.passes.base import Notes
+from effc.passes.context import Context
 from effc.passes.quant.budget import Choice, spend
 from effc.passes.quant.coding import Coder, How
 from effc.passes.quant.gptq import gptq, inverse_root
@@ -259,3 +261,21 @@ def test_bits_are_spent_almost_as_well_as_can_be() -> None:
         fitting = [c for c in product(*choices.values()) if sum(one.nbytes for one in c) <= budget]
         best = min(sum(one.harm for one in c) for c in fitting)
         assert sum(c.harm for c in found.values()) <= 1.25 * best
+
+
+def test_smooth_is_exact_and_evens_out_what_linears_read(tiny, random_store, tmp_path, monkeypatch, logits) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tokens = np.random.default_rng(0).integers(0, 160, (1, 32), np.int32)
+    monkeypatch.setattr(Context, "prompts", lambda self, count, length: np.repeat(tokens, 2, 0))
+    norm = random_store(tiny)["layers.norm1"]
+    wild = replace(norm, read=lambda i: {"": norm.read(i)[""] * np.where(np.arange(64) % 16, 1, 30).astype(np.float32)})
+    store = random_store(tiny).replace([wild], tiny)
+    step, context = (
+        runner.step(Smooth(), tiny),
+        Context("smooth", tiny, store, None, Windows((tokens,), 1), None, tmp_path),
+    )
+    after = step.made_by.arrays(tiny, step.after, store, context, step.notes)
+    np.testing.assert_allclose(logits(step.after, after), logits(tiny, store), atol=3e-5)
+    peaks = [np.abs(s["layers.norm1"].read(0)[""]) for s in (store, after)]
+    assert np.ptp(np.log(peaks[1])) < 0.7 * np.ptp(np.log(peaks[0]))
+    assert "4 places where a scale can move" in step.notes.choices[0]
