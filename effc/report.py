@@ -67,6 +67,10 @@ class PassReport:
         """A line for each run of training."""
         return [f"{run['title'] or self.spelling} trained {_run(run)}" for run in self.trained]
 
+    def calibrated(self) -> list[str]:
+        """What a calibration found, a line each."""
+        return [f"{self.spelling}: {line}" for line in self.measured.get("summary", ())]
+
     def json(self) -> dict[str, Any]:
         """Every field by name."""
         skips = [{"what": what, "why": why} for what, why in self.skips]
@@ -124,7 +128,8 @@ class Report:
         """What a reader must know to read the table."""
         lines = [f"{self.exactness}: {self.meaning}"]
         lines += [f"quality on {self.text}"] if self.text else []
-        return [*lines, *(line for made_by in self.passes for line in made_by.healing()), *self.notes]
+        told = [line for made_by in self.passes for line in (*made_by.healing(), *made_by.calibrated())]
+        return [*lines, *told, *self.notes]
 
     def html(self) -> str:
         """One page that needs no other file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,10 @@ class Texts:
     left: dict[float, Left] = field(default_factory=dict[float, Left])
     rates: dict[float, float] = field(default_factory=dict[float, float])
 
-    def __post_init__(self) -> None:
-        self.full = self.say(1.0)
+    @cached_property
+    def full(self) -> list[list[int]]:
+        """What the full model says after each prompt."""
+        return self.say(1.0)
 
     def say(self, threshold: float) -> list[list[int]]:
         """What follows each prompt; how many layers that took is noted."""
@@ -98,10 +101,14 @@ def calibrate(made_by: Calm, module: Module, store: Store, context: Context, not
         texts.losses, len(texts.prompts), delta=made_by.delta, epsilon=made_by.epsilon, grid=GRID
     )  # fmt: skip
     passed = [t.setting for t in found.tried if t.passed]
-    texts.time([1.0, *_some(passed), *(t.setting for t in found.tried if not t.passed)])
+    if passed:
+        texts.time([1.0, *_some(passed), *(t.setting for t in found.tried if not t.passed)])
     chosen = max((1.0, *passed), key=lambda t: texts.rates.get(t, 0.0)) if made_by.tokens > 1 else 1.0
     _tell(notes, found, texts, chosen)
-    notes.measured = {**_numbers(found, texts, chosen), "seconds": time.perf_counter() - started}
+    told = {"summary": list(notes.choices), "seconds": time.perf_counter() - started}
+    for line in chart(texts.rates, {t.setting: t.mean for t in found.tried}):
+        notes.chose(line)
+    notes.measured = {**_numbers(found, texts, chosen), **told}
     return certificate.bind(_settled(module, made_by, found, chosen), store)
 
 
@@ -176,8 +183,6 @@ def _tell(notes: Notes, found: Certificate, texts: Texts, chosen: float) -> None
     else:
         left, speed = texts.left[chosen], texts.rates[chosen] / texts.rates[1.0]
         notes.chose(f"threshold {chosen:g}: x{speed:.2f} tokens/s, {left.average:.2f} layers a token, {_shares(left)}")
-    for line in chart(texts.rates, {t.setting: t.mean for t in found.tried}):
-        notes.chose(line)
 
 
 def _shares(left: Left) -> str:
