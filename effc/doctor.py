@@ -119,7 +119,7 @@ def _memory() -> float | None:
 def _jax() -> tuple[dict[str, Any], list[str]]:
     import jax
 
-    from effc.runtime.kernels.matmul import native
+    from effc.runtime.kernels.region import native
 
     try:
         devices = jax.devices()

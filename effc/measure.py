@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
@@ -19,8 +22,11 @@ from effc.evaluate import Quality, Windows, vocab_of
 from effc.generator import engine_of
 from effc.opened import Opened
 from effc.plan import token_bytes
+from effc.runtime.cache import Cache
 from effc.runtime.engine import Engine
 from effc.runtime.generate import Result, generate
+from effc.runtime.kernels.region.bandwidth import bandwidth
+from effc.runtime.kernels.region.native import regions
 from effc.weights import nbytes
 
 PROMPT, NEW = 512, 128
@@ -131,11 +137,28 @@ class Benchmark:
     batch: int
     runs: int
     models: list[Timings]
+    stream: list[float | None]
+    curves: list[dict[int, float]]
 
     def json(self) -> dict[str, Any]:
         sizes = {"prompt": self.prompt, "new": self.new, "batch": self.batch, "runs": self.runs}
-        models = [model.json() | {"gb_per_second": self._bandwidth(model)} for model in self.models]
-        return sizes | {"models": models, "ratios": self.ratios()}
+        models = [self._json(model, curve) for model, curve in zip(self.models, self.curves)]
+        limit = None if self.limit is None else self.limit / 1e9
+        return sizes | {"models": models, "ratios": self.ratios(), "limit_gb_per_second": limit}
+
+    def _json(self, model: Timings, curve: dict[int, float]) -> dict[str, Any]:
+        speeds = {"gb_per_second": self._bandwidth(model), "share_of_limit": self.share(model)}
+        return model.json() | speeds | {"verify": {str(k): ratio for k, ratio in curve.items()}}
+
+    @property
+    def limit(self) -> float | None:
+        """Bytes a second that this machine reads, measured between the runs; None without native code."""
+        known = [speed for speed in self.stream if speed is not None]
+        return statistics.median(known) if known else None
+
+    def share(self, model: Timings) -> float | None:
+        """Of that limit, what generating reaches with its weights alone."""
+        return None if self.limit is None else self._bandwidth(model) * 1e9 / self.limit
 
     def ratios(self) -> dict[str, float]:
         """The first model's speed over the second's, run by run, in the middle."""
@@ -148,14 +171,18 @@ class Benchmark:
         """A rich renderable."""
         ratios = "".join(f", {kind} x{value:.2f}" for kind, value in self.ratios().items())
         what = f"{self.batch} sequence{'s' * (self.batch > 1)}"
-        caption = f"tokens/s of {what}, mean ± spread of {self.runs} runs{ratios}"
+        limit = "" if self.limit is None else f"; memory is read at {self.limit / 1e9:.1f} GB/s"
+        caption = f"tokens/s of {what}, mean ± spread of {self.runs} runs{ratios}{limit}"
+        for model, curve in zip(self.models, self.curves):
+            times = ", ".join(f"{k}: {ratio:.2f}" for k, ratio in curve.items())
+            caption += f"\n{model.name}: time of k tokens over that of one, {times}"
         table = Table(caption=caption, caption_justify="left")
         table.add_column("model")
-        for title in (f"pp{self.prompt}", f"tg{self.new}", "weights MB", "MB a token", "GB/s"):
+        for title in (f"pp{self.prompt}", f"tg{self.new}", "weights MB", "MB a token", "GB/s", "of limit"):
             table.add_column(title, justify="right")
         for m in self.models:
             sizes = (f"{m.weight_bytes / 1e6:.1f}", f"{m.token_bytes / 1e6:.1f}", f"{self._bandwidth(m):.2f}")
-            table.add_row(m.name, _spread(m.pp), _spread(m.tg), *sizes)
+            table.add_row(m.name, _spread(m.pp), _spread(m.tg), *sizes, _number(self.share(m), ".0%"))
         return table
 
     def _bandwidth(self, model: Timings) -> float:
@@ -175,15 +202,54 @@ def benchmark(
     """Every model once to warm up, then `runs` times in turn; random prompts, greedy, nothing ends early."""
     prompt, new = _sizes(models, prompt, new)
     engines = [engine_of(model) for model in models]
+    stream = list[float | None]()
     timings = [Timings(str(m.path), nbytes(m.module), token_bytes(m.module)) for m in models]
     with Progress(console=console, transient=True, disable=console is None) as bar:
         for number in bar.track(range(runs + 1), description="bench"):
             for model, engine, timing in zip(models, engines, timings):
                 pp, tg = _run(engine, vocab_of(model.module), prompt, new, batch)
+                stream.append(bandwidth(timing.token_bytes))
                 if number:
                     timing.pp.append(pp)
                     timing.tg.append(tg)
-    return Benchmark(prompt, new, batch, runs, timings)
+    curves = [verification(engine, prompt) for engine in engines]
+    return Benchmark(prompt, new, batch, runs, timings, stream, curves)
+
+
+def verification(engine: Engine, length: int = 32, runs: int = 7) -> dict[int, float]:
+    """What taking in k tokens at once costs over taking in one, k = 1, 2, 4, 8, after `length` tokens; medians."""
+    room = PROMPT if engine.context is None else engine.context - length
+    calls = {k: _calls(engine, k, length) for k in (1, 2, 4, 8) if k <= room}
+    times = {k: list[float]() for k in calls}
+    for _ in range(runs):  # in turn, so that what disturbs the machine disturbs all
+        for k, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times[k].append(time.perf_counter() - start)
+    return {k: statistics.median(seconds) / statistics.median(times[1]) for k, seconds in times.items()}
+
+
+REPEATED = 10
+"""Calls that one timing holds: they run in one program, as speculative decoding runs them."""
+
+
+def _calls(engine: Engine, count: int, length: int) -> Callable[[], Any]:
+    """A compiled function that extends by `count` tokens REPEATED times, from the same length each time."""
+    tokens, lengths = jnp.ones((1, count), jnp.int32), jnp.asarray([length], jnp.int32)
+    entries = engine.empty(1, length + count).entries
+
+    def loop(params: Any, tokens: jax.Array, lengths: jax.Array, entries: Any) -> Any:
+        def turn(_: Any, carry: Any) -> Any:
+            tokens, entries = carry
+            logits, cache = engine.program.extend(params, tokens, Cache(lengths, entries))
+            # What is read next depends on every row of logits: none may be left out.
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache.entries
+
+        return jax.lax.fori_loop(0, REPEATED, turn, (tokens, entries))
+
+    compiled = jax.jit(regions(loop)).lower(engine.params, tokens, lengths, entries).compile()
+    jax.block_until_ready(compiled(engine.params, tokens, lengths, entries))
+    return lambda: compiled(engine.params, tokens, lengths, entries)
 
 
 def _sizes(models: Sequence[Opened], prompt: int | None, new: int | None) -> tuple[int, int]:

@@ -10,6 +10,7 @@
 namespace effc {
 
 constexpr int64_t kQueries = 32;  // that one task takes
+constexpr int64_t kMany = 12;     // queries that make turning keys worth it
 
 // One head of one sequence.
 struct Head {
@@ -37,9 +38,22 @@ inline float Product(const float* a, const float* b, int64_t width) {
   V total = {};
   int64_t i = 0;
   for (; i + kLanes <= width; i += kLanes) total += Load(a + i) * Load(b + i);
-  float rest = 0;
-  for (; i < width; ++i) rest += a[i] * b[i];
-  return Sum(total) + rest;
+  return Sum(total + (i < width ? LoadSome(a + i, width - i) * LoadSome(b + i, width - i) : V{}));
+}
+
+// Products of one row with four others, one after another in memory.
+inline void Products(const float* a, const float* b, int64_t width, float* to) {
+  V sums[4] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) {
+    const V x = Load(a + i);
+    for (int j = 0; j < 4; ++j) sums[j] += x * Load(b + j * width + i);
+  }
+  if (i < width) {
+    const V x = LoadSome(a + i, width - i);
+    for (int j = 0; j < 4; ++j) sums[j] += x * LoadSome(b + j * width + i, width - i);
+  }
+  SumFour(sums, to);
 }
 
 // Sixteen keys, one a lane: turned[width][16].
@@ -62,26 +76,34 @@ void Score(const Head& h, int64_t t, const float* turned, float* scores, int64_t
   for (int r = 0; r < R; ++r) Store(scores + r * stride, sums[r]);
 }
 
-// Scores to weights that sum to 1, between first and last.
-inline void Softmax(const Attention& op, float* scores, int64_t first, int64_t last) {
+// Sixteen scores from place j, scaled and capped.
+inline V Scaled(const Attention& op, const float* scores, int64_t j, int64_t last) {
   const auto scale = static_cast<float>(Number(op.scale)), cap = static_cast<float>(Number(op.softcap));
-  V most = Fill(-std::numeric_limits<float>::infinity());
+  const V x = (last - j >= kLanes ? Load(scores + j) : LoadSome(scores + j, last - j)) * scale;
+  return cap != 0.0f ? cap * Tanh(x / cap) : x;
+}
+
+inline V Until(V x, int64_t count, float rest) {
+  return count >= kLanes ? x : Places() < Fill(static_cast<float>(count)) ? x : Fill(rest);
+}
+
+// Scores to weights that sum to 1, between first and last; rows have room for whole vectors.
+inline void Softmax(const Attention& op, float* scores, int64_t first, int64_t last) {
+  constexpr float kLeast = -std::numeric_limits<float>::infinity();
+  V most = Fill(kLeast), total = {};
   for (int64_t j = first; j < last; j += kLanes) {
-    const int64_t count = std::min(kLanes, last - j);
-    V x = LoadSome(scores + j, count) * scale;
-    if (cap != 0.0f) x = cap * Tanh(x / cap);
-    StoreSome(scores + j, x, count);
-    for (int64_t i = 0; i < count; ++i) most[i] = x[i] > most[i] ? x[i] : most[i];
+    const V x = Scaled(op, scores, j, last);
+    last - j >= kLanes ? Store(scores + j, x) : StoreSome(scores + j, x, last - j);
+    most = Max(Until(x, last - j, kLeast), most);
   }
   const float largest = Largest(most);
-  float total = 0;
   for (int64_t j = first; j < last; j += kLanes) {
     const int64_t count = std::min(kLanes, last - j);
-    const V x = Exp(LoadSome(scores + j, count) - largest);
+    const V x = Until(Exp(LoadSome(scores + j, count) - largest), count, 0.0f);
     StoreSome(scores + j, x, count);
-    for (int64_t i = 0; i < count; ++i) total += x[i];
+    total += x;
   }
-  const float factor = 1.0f / total;
+  const float factor = 1.0f / Sum(total);
   for (int64_t j = first; j < last; ++j) scores[j] *= factor;
 }
 
@@ -116,30 +138,37 @@ void MixAll(const Head& h, int64_t t, const float* weights, int64_t stride, int6
   }
 }
 
-// One token by itself: keys as they lie.
-inline void Alone(const Head& h, int64_t t, float* scores) {
-  const int64_t first = h.First(t), last = h.Last(t);
-  for (int64_t j = first; j < last; ++j) scores[j] = Product(h.Query(t), h.keys + j * h.op.width, h.op.width);
-  Softmax(h.op, scores, first, last);
-  MixAll<1>(h, t, scores, 0, first, last);
+// Scores of one token with the keys that it sees, as they lie.
+inline void ScoreAlone(const Head& h, int64_t t, float* scores) {
+  const int64_t last = h.Last(t), width = h.op.width;
+  int64_t j = h.First(t);
+  for (; j + 4 <= last; j += 4) Products(h.Query(t), h.keys + j * width, width, scores + j);
+  for (; j < last; ++j) scores[j] = Product(h.Query(t), h.keys + j * width, width);
 }
 
-// Tokens t..stop together: each key is turned once for all of them, what a token does not see weighs 0.
-inline void Together(const Head& h, int64_t t, int64_t stop, std::vector<float>& room) {
-  const int64_t count = stop - t, stride = (h.op.capacity + kLanes - 1) / kLanes * kLanes;
-  room.resize(std::max<size_t>(room.size(), count * stride + h.op.width * kLanes));
-  float *scores = room.data(), *turned = scores + count * stride;
-  int64_t first = h.op.capacity, last = 0;
-  for (int64_t i = t; i < stop; ++i) first = std::min(first, h.First(i)), last = std::max(last, h.Last(i));
-  first = first / kLanes * kLanes;
+// Scores of tokens t..t+count, each key turned once for all of them.
+inline void ScoreTogether(const Head& h, int64_t t, int64_t count, int64_t first, int64_t last, float* scores,
+                          int64_t stride, float* turned) {
   for (int64_t j = first; j < last; j += kLanes) {
     Turn(h.keys + j * h.op.width, h.op.width, std::min(kLanes, h.op.capacity - j), turned);
     int64_t i = 0;
     for (; i + 4 <= count; i += 4) Score<4>(h, t + i, turned, scores + i * stride + j, stride);
     for (; i < count; ++i) Score<1>(h, t + i, turned, scores + i * stride + j, stride);
   }
+}
+
+// Tokens t..stop; what a token does not see weighs 0.
+inline void Attend(const Head& h, int64_t t, int64_t stop, std::vector<float>& room) {
+  const int64_t count = stop - t, stride = (h.op.capacity + kLanes - 1) / kLanes * kLanes;
+  room.resize(std::max<size_t>(room.size(), count * stride + h.op.width * kLanes));
+  float* scores = room.data();
+  int64_t first = h.op.capacity, last = 0;
+  for (int64_t i = t; i < stop; ++i) first = std::min(first, h.First(i)), last = std::max(last, h.Last(i));
+  first = first / kLanes * kLanes;
+  if (count >= kMany) ScoreTogether(h, t, count, first, last, scores, stride, scores + count * stride);
   for (int64_t i = 0; i < count; ++i) {
     float* row = scores + i * stride;
+    if (count < kMany) ScoreAlone(h, t + i, row);
     const int64_t from = h.First(t + i), to = h.Last(t + i);
     std::fill(row + first, row + std::max(first, from), 0.0f);
     std::fill(row + to, row + std::max(to, last), 0.0f);
@@ -159,10 +188,7 @@ inline void Run(const Attention& op, const Memory& memory, int64_t task) {
   const int64_t blocks = Blocks(op), block = blocks - 1 - task / (op.batch * op.heads);
   const int64_t which = task % (op.batch * op.heads);
   const Head head(op, memory, which / op.heads, which % op.heads);
-  const int64_t stop = std::min(op.tokens, (block + 1) * kQueries);
-  if (stop - block * kQueries >= 4) return Together(head, block * kQueries, stop, room);
-  room.resize(std::max<size_t>(room.size(), op.capacity));
-  for (int64_t t = block * kQueries; t < stop; ++t) Alone(head, t, room.data());
+  Attend(head, block * kQueries, std::min(op.tokens, (block + 1) * kQueries), room);
 }
 
 }  // namespace effc

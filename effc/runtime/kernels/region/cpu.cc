@@ -98,3 +98,28 @@ extern "C" void EffcPackScales(const uint8_t* from, int64_t groups, int64_t oute
                                uint8_t* to) {
   effc::PackScales(from, groups, outer, size, kn != 0, to);
 }
+
+// Reads memory once, as fast as one thread can; what it gives keeps the compiler from leaving that out.
+extern "C" int64_t EffcStream(const uint8_t* from, int64_t bytes) {
+  effc::VI parts[4] = {};
+  for (int64_t i = 0; i + 256 <= bytes; i += 256) {
+    for (int j = 0; j < 4; ++j) parts[j] ^= effc::LoadAs<effc::VI>(from + i + 64 * j);
+  }
+  const effc::VI all = parts[0] ^ parts[1] ^ parts[2] ^ parts[3];
+  int64_t sum = 0;
+  for (int i = 0; i < effc::kLanes; ++i) sum += all[i];
+  return sum;
+}
+
+// The instructions that products use.
+extern "C" const char* EffcFeatures() {
+#if defined(EFFC_AVX512) && defined(__AVX512VNNI__)
+  return "AVX-512 VNNI";
+#elif defined(EFFC_AVX512)
+  return "AVX-512";
+#elif defined(EFFC_X86)
+  return "AVX2";
+#else
+  return "plain C++";
+#endif
+}

@@ -132,7 +132,7 @@ inline const uint8_t* Piece(const uint8_t* codes, const char* x, int64_t block, 
     VI first, second;
     Codes<BITS>(codes, first, second);
     // A hint may point past the end: it never faults.
-    if (R == 1) __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(codes) + 2048));
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(codes) + 2048));
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2

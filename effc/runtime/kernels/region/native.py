@@ -60,6 +60,32 @@ def target(flags: tuple[str, ...] | None = None) -> str:
     return _library(variant() if flags is None else flags)[0]
 
 
+def library() -> ctypes.CDLL:
+    """The shared object of the variant in use; raises Unbuilt."""
+    return _library(variant())[1]
+
+
+def status() -> str:
+    """What programs use on this machine, and why."""
+    if policy.off():
+        return "off (EFFC_NATIVE=0)"
+    if jax.default_backend() != "cpu":
+        return f"not used on {jax.default_backend()}"
+    try:
+        name = target()
+    except Unbuilt as error:
+        return f"not built: {error}"
+    return f"{library_features()}, activations of {8 * digits()} bits (EFFC_ACTIVATIONS=8 or 16), built as {name}"
+
+
+def library_features() -> str:
+    """The instructions that the variant in use was compiled for, and who chose them."""
+    found = library().EffcFeatures
+    found.restype = ctypes.c_char_p
+    chosen = os.environ.get("EFFC_NATIVE", "")
+    return found().decode() + (f" (EFFC_NATIVE={chosen})" if chosen in VARIANTS else "")
+
+
 def usable() -> bool:
     """Whether programs traced now have native regions; tells once on stderr why they cannot."""
     if policy.avoided():
@@ -150,7 +176,7 @@ def _codes(w: QArray, extent: int, columns: int) -> jax.Array:
     out = _aligned((-(-columns // PANEL), extent // 4, 64 if w.bits <= 4 else 128), np.dtype(np.uint8))
     codes = np.ascontiguousarray(w.codes)
     sizes = [ctypes.c_int64(n) for n in (extent, columns, w.bits, w.axis == -2)]
-    _library(variant())[1].EffcPack(_address(codes), *sizes, _address(out))
+    library().EffcPack(_address(codes), *sizes, _address(out))
     return jnp.asarray(out)
 
 
@@ -159,7 +185,7 @@ def _scales(values: jax.Array, axis: int, columns: int) -> jax.Array:
     groups = stored.shape[axis]
     out = _aligned((-(-columns // PANEL), groups, PANEL), stored.dtype)
     sizes = [ctypes.c_int64(n) for n in (groups, columns, stored.dtype.itemsize, axis == -2)]
-    _library(variant())[1].EffcPackScales(_address(stored), *sizes, _address(out))
+    library().EffcPackScales(_address(stored), *sizes, _address(out))
     return jnp.asarray(out)
 
 

@@ -18,7 +18,7 @@
 
 namespace effc {
 
-constexpr int64_t kTogether = 8;   // rows that are not worth sharing
+constexpr int64_t kFew = 16;  // rows that are not worth cutting finely
 constexpr int kPatience = 1 << 14;  // turns before a waiting thread offers its processor
 
 inline void Pause() {
@@ -72,7 +72,8 @@ class Work {
   }
 
   int64_t RowsOfTask(const Stage& stage) const {
-    return stage.rows <= kTogether ? stage.rows : std::max<int64_t>(1, stage.rows / (4 * threads_));
+    const int64_t parts = stage.rows <= kFew ? threads_ : 4 * threads_;
+    return (stage.rows + parts - 1) / parts;
   }
 
   int64_t Tasks(const Stage& stage) const {

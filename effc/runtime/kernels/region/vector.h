@@ -64,6 +64,18 @@ inline float Sum(V x) {
   return total;
 }
 
+// The sums of four vectors.
+inline void SumFour(const V* x, float* to) {
+  const VI even = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}, odd = even + 1;
+  const VI low = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29}, high = low + 2;
+  const V first = __builtin_shuffle(x[0], x[1], even) + __builtin_shuffle(x[0], x[1], odd);
+  const V second = __builtin_shuffle(x[2], x[3], even) + __builtin_shuffle(x[2], x[3], odd);
+  const V all = __builtin_shuffle(first, second, low) + __builtin_shuffle(first, second, high);
+  for (int i = 0; i < 4; ++i) to[i] = (all[i] + all[i + 4]) + (all[i + 8] + all[i + 12]);
+}
+
+inline V Places() { return V{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+
 inline V Max(V a, V b) { return a > b ? a : b; }
 inline V Min(V a, V b) { return a < b ? a : b; }
 
