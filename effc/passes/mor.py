@@ -104,6 +104,18 @@ class Mor(Pass):
             mor_heal.baseline(_arrays_left(module), context)
         return mor_heal.heal(module, store, context)
 
+    def calibrates(self) -> bool:
+        return self.router != "none"
+
+    def calibrate(self, module: Module, store: Store, context: Context, notes: Notes) -> Module:
+        from effc.passes import mor_heal
+
+        depth = mor_heal.depth(module, store, context)
+        notes.chose(
+            f"tokens run {depth:.2f} of {self.recursions} recursions on average, of the text that was trained on"
+        )
+        return module
+
     def fold(self, module: Module) -> Fold:
         """What becomes of the module's layers; PassError where they cannot be folded so."""
         stack, rank = find_stack(module), read_rank(self.rank)

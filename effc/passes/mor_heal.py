@@ -21,6 +21,8 @@ from effc.passes.mor_fold import Stack, find_stack
 from effc.passes.mor_route import ROUTER
 from effc.passes.mor_sharing import kept
 from effc.runtime import routing
+from effc.runtime.engine import Engine
+from effc.runtime.recursion import mean_depth
 from effc.runtime.train import Fitted, Plan, Tick, chosen, forward_kl, mean
 from effc.weights import Lazy, Store
 
@@ -98,6 +100,15 @@ def _trained(model: Model, original: Module) -> Any:
     """The input model's parameters and the deltas of its matrices; not what other passes have added."""
     own = {*original.params, ROUTER, *(f"{name}.{part}" for name in original.params for part in "ab")}
     return chosen(model.program.params, "|".join(name for name in model.module.params if name in own))
+
+
+def depth(module: Module, store: Store, context: Context) -> float:
+    """How many recursions tokens run on average, as decoding routes them."""
+    model = context.model(module, store)
+    machine = Engine(model.program, model.params)
+    tokens = context.prompts(SEQUENCES, context.window)
+    _, cache = machine.extend(jnp.asarray(tokens), machine.empty(*tokens.shape))
+    return float(mean_depth(cache))
 
 
 # ---- the baseline

@@ -99,20 +99,26 @@ def test_averages_are_of_the_layers_that_share(six, random_store, apply):
         np.testing.assert_allclose(made[name].read(1)[""], mean, rtol=1e-6)
 
 
-@pytest.mark.parametrize("passes", ["mor", "mor{rank=4}", "mor{rank=4,share=sequence},quant8,fuse"])
-def test_emitted_is_interpreted_and_decoding_is_prefill(six, random_store, apply, logits, tmp_path, passes):
+@pytest.mark.parametrize(
+    ("passes", "tolerance"),
+    [
+        ("mor{rank=4,share=sequence},fuse", 2e-4),
+        ("mor,calm{adapter=none},quant4", 2e-2),  # native kernels round activations too
+    ],
+)
+def test_emitted_is_interpreted_and_decoding_is_prefill(six, random_store, apply, logits, tmp_path, passes, tolerance):
     after, made, _ = apply(six, random_store(six), passes)
     program = load_program(emit(after))
     write_safetensors(tmp_path / "w.safetensors", after, made)
     engine = Engine(program, load_params(tmp_path / "w.safetensors", program.params))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 160, (2, 6)))
     whole = np.asarray(jax.jit(program.forward)(engine.params, tokens))
-    np.testing.assert_allclose(whole, logits(after, made), rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(whole, logits(after, made), rtol=tolerance, atol=tolerance)
     cache, pieces = engine.empty(2, 16), []
     for start, stop in ((0, 3), (3, 4), (4, 6)):
         piece, cache = engine.extend(tokens[:, start:stop], cache)
         pieces.append(np.asarray(piece))
-    np.testing.assert_allclose(np.concatenate(pieces, 1), whole, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(np.concatenate(pieces, 1), whole, rtol=tolerance, atol=tolerance)
     assert len(cache.entries) == 6  # each layer keeps keys of its own, whatever array it takes
 
 
