@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do $$p $(NEW_ENOUGH) 2>/dev/null && ec
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test check format conformance bench clean
+.PHONY: help demo test check format conformance bench sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -41,6 +41,12 @@ conformance: $(VENV)/dev.stamp  ## the slow tests too: minutes; those against tr
 bench: $(VENV)/dev.stamp  ## speed against a hand-written JAX loop over the same weights
 	$(BIN)/effc optimize $(CHECKPOINT) --no-speed --force -o bench-out
 	$(BIN)/python tests/bench/handwritten_loop.py bench-out
+
+# The sanitizers' own library comes first in a Python that was built without it.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
+sanitize: $(VENV)/dev.stamp  ## native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  EFFC_NATIVE_FLAGS="$(SANITIZE)" $(BIN)/python -m pytest tests/runtime/test_region_kernel.py tests/runtime/test_native_matmul.py
 
 clean:  ## remove the environment and what the tools left
 	rm -rf $(VENV) demo-out bench-out build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,7 @@
-"""Shared objects from C++ sources beside the code: built on first use, kept for this source, flags and CPU."""
+"""Shared objects from C++ sources beside the code: built on first use, kept for this source, flags and CPU.
+
+EFFC_NATIVE_FLAGS in the environment adds compiler flags (a sanitizer, debugging).
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ class Built:
 def build(source: Path, flags: tuple[str, ...] = ()) -> Built:
     """The shared object of `source`, compiled if it is not there yet; raises Unbuilt."""
     compiler = find_compiler()
-    command = [*compiler, *FLAGS, *flags, "-isystem", jax.ffi.include_dir()]
+    more = shlex.split(os.environ.get("EFFC_NATIVE_FLAGS", ""))
+    command = [*compiler, *FLAGS, *flags, *more, "-isystem", jax.ffi.include_dir()]
     key = _key(b"".join(file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h")))), command)
     file = cache_folder() / f"{source.parent.name}-{key}.so"
     if not file.exists():
