@@ -160,6 +160,14 @@ def test_no_cache_is_copied():
     assert not [line for line in text.splitlines() if f"= {whole}" in line and " copy(" in line]
 
 
+def test_what_a_tpu_is_given_skips_too():
+    """Two loops a segment, one for the layers and one for what they keep; no layer outside of them but the first."""
+    params = _arrays()
+    shapes = cache_shapes(lambda p, x: (None, _extend(p, x)[2]), params, 1)
+    lowered = jax.jit(_extend).trace(params, TOKENS[:1, :1], empty_cache(shapes, 16)).lower(lowering_platforms=("tpu",))
+    assert lowered.as_text().count("stablehlo.while") == 2 * len(AT)
+
+
 def test_layers_run_is_no_less_where_the_threshold_is_higher():
     params = _arrays()
     shapes = cache_shapes(lambda p, x: (None, _extend(p, x)[2]), params, 3)
