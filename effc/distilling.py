@@ -63,6 +63,14 @@ class Distillation:
     force: bool = False
     work: Path | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.on_policy <= 1:
+            raise EffcError(f"on-policy {self.on_policy:g}: want a share of the steps, 0 to 1")
+        if self.rows % self.accumulate:
+            raise EffcError(f"rows {self.rows}: want a multiple of accumulate={self.accumulate}")
+        if not self.budget:
+            raise EffcError("budget 0: want some steps, or some time")
+
     def __str__(self) -> str:
         o = self.objective
         words = [o.kind, *([f"beta={o.beta:g}"] if o.kind == "jsd" else []), f"alpha={o.alpha:g}"]

@@ -71,9 +71,10 @@ def run(args: argparse.Namespace) -> None:
     from effc import distilling
     from effc.opened import open_model
 
+    how = _settings(args)
     teacher = open_model(args.teacher)
     student = distilling.of_layers(teacher, args.layers) if args.layers else _student(args, teacher)
-    show(args, distilling.distill(student, teacher, args.output, _settings(args), progress_console()))
+    show(args, distilling.distill(student, teacher, args.output, how, progress_console()))
 
 
 def _student(args: argparse.Namespace, teacher: Opened) -> Opened:
