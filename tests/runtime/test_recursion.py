@@ -111,6 +111,17 @@ def test_a_full_capacity_is_the_plain_recursion(tmp_path: Path) -> None:
     )
 
 
+def test_a_decoded_token_copies_no_cache(tmp_path: Path) -> None:
+    module = folded("mor{router=expert}")
+    machine = engine(module, store_of(module), tmp_path)
+    cache, token = machine.empty(1, 1000), jnp.zeros((1, 1), jnp.int32)
+    compiled = jax.jit(machine.program.extend, donate_argnums=2).lower(machine.params, token, cache).compile()
+    kept = {f"f32[{','.join(map(str, x.shape))}]" for x in jax.tree.leaves(cache) if x.ndim == 3}
+    copies = [line for line in compiled.as_text().splitlines() if " copy(" in line and any(k in line for k in kept)]
+    assert len(kept) == 2
+    assert not copies
+
+
 def test_memory_is_what_the_formula_says(tmp_path: Path) -> None:
     """(N+1)/(2N) of the keys of a plain recursion where depths keep their own, 1/N where they share the first's."""
 
