@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from effc.runtime.kernels import policy
@@ -177,7 +178,7 @@ def _codes(w: QArray, extent: int, columns: int) -> jax.Array:
     codes = np.ascontiguousarray(w.codes)
     sizes = [ctypes.c_int64(n) for n in (extent, columns, w.bits, w.axis == -2)]
     library().EffcPack(_address(codes), *sizes, _address(out))
-    return jnp.asarray(out)
+    return jax.device_put(out)
 
 
 def _scales(values: jax.Array, axis: int, columns: int) -> jax.Array:
@@ -186,15 +187,47 @@ def _scales(values: jax.Array, axis: int, columns: int) -> jax.Array:
     out = _aligned((-(-columns // PANEL), groups, PANEL), stored.dtype)
     sizes = [ctypes.c_int64(n) for n in (groups, columns, stored.dtype.itemsize, axis == -2)]
     library().EffcPackScales(_address(stored), *sizes, _address(out))
-    return jnp.asarray(out)
+    return jax.device_put(out)
+
+
+class _Room(threading.local):
+    """Large stretches of memory that arrays are cut from: of pages as large as the system has.
+
+    Reading small pages one after another is slower: each must be looked up, and prefetching ends with it.
+    """
+
+    chunk = 32 << 20
+    left: np.ndarray = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> np.ndarray:
+        """u8[size] that begins where JAX takes it as it is."""
+        size = -(-size // 64) * 64
+        if size > self.chunk // 2:
+            return _pages(size)[:size]
+        if size > len(self.left):
+            self.left = _pages(self.chunk)
+        out, self.left = self.left[:size], self.left[size:]
+        return out
+
+
+_room = _Room()
+
+
+def _pages(size: int) -> np.ndarray:
+    """Fresh memory from the system, with huge pages asked for where it knows them."""
+    if sys.platform != "linux":
+        room = np.empty(size + 64, np.uint8)
+        return room[-room.ctypes.data % 64 :][:size]
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Memory that JAX takes as it is."""
     size = int(np.prod(shape)) * dtype.itemsize
-    room = np.empty(size + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    return room[start : start + size].view(dtype).reshape(shape)
+    return _room.take(size)[:size].view(dtype).reshape(shape)
 
 
 def _address(array: np.ndarray) -> ctypes.c_void_p:
