@@ -26,8 +26,8 @@ class OwnText:
     starts: Sequence[int]
     length: int
     seed: int = 0
-    rows: int = 32
-    most: int = 64
+    rows: int = 16
+    most: int = 128
     folder: Path | None = None
 
     def __post_init__(self) -> None:
