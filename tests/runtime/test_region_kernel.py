@@ -268,7 +268,9 @@ def test_argmax_is_the_first() -> None:
     def call(x: jax.Array, w: Packed) -> jax.Array:
         return jnp.argmax(layers.linear(x, w), axis=-1)
 
-    compare(call, X.at[1].set(0.0).at[2, 3].set(jnp.nan), W, regions=1)
+    x = X.at[1].set(0.0).at[2, 3].set(jnp.nan)
+    compare(call, x, W, regions=1)
+    compare(call, x[None], W, regions=1)
 
 
 def test_mapped() -> None:

@@ -294,13 +294,14 @@ def _split(former: Former, step: Step) -> bool:
 
 
 def _argmax(former: Former, step: Step) -> bool:
-    """Over the last axis of [rows, width]; NaN counts as the largest, as in XLA."""
+    """Over the last axis; NaN counts as the largest, as in XLA."""
     place, shape = former.places.get(step.ins[0]), step.shape()
     wanted = step.params["axes"] == (len(shape) - 1,) and step.params["index_dtype"] == np.int32
-    if place is None or not wanted or len(shape) != 2:
+    x = place.reshaped(math.prod(shape[:-1]), shape[-1]) if place and wanted else None
+    if x is None:
         return False
-    y = Place(Slot(4 * place.rows, dtype="int32"), place.rows, 1, 1)
-    former.program.by_rows(ops.ARGMAX, [place, y.slot, place.width], [place.slot], y.slot, place.rows)
+    y = Place(Slot(4 * x.rows, dtype="int32"), x.rows, 1, 1)
+    former.program.by_rows(ops.ARGMAX, [x, y.slot, x.width], [x.slot], y.slot, x.rows)
     former.places[step.outs[0]] = y
     return True
 
