@@ -58,6 +58,7 @@ class Calm(Pass):
             raise PassError(f"calm: the module decodes by {told}, want greedy: calm comes first")
         shape = find(module)
         exits_of(self, shape.layers, shape.order)
+        _check_texts(self, module)
 
     def run(self, module: Module, notes: Notes) -> Module:
         shape = find(module)
@@ -114,6 +115,15 @@ def exits_of(made_by: Calm, layers: int, order: tuple[int, ...] = ()) -> tuple[i
             f"calm: no exit from {max(first, made_by.min_exit)} on in {layers} layers, want one before the last"
         )
     return at
+
+
+def _check_texts(made_by: Calm, module: Module) -> None:
+    """PassError for texts that cannot be generated: asked before anything is trained."""
+    if made_by.prompt < 1 or made_by.prompts < 1 or made_by.tokens < 2:
+        raise PassError("calm: prompts and prompt want 1 or more, tokens 2 or more: the first comes with the prompt")
+    context, length = module.meta.get("context"), made_by.prompt + made_by.tokens
+    if isinstance(context, int) and 0 < context < length:
+        raise PassError(f"calm: prompt and tokens are {length} together, want at most the context of {context}")
 
 
 def _early(made_by: Calm, shape: Shape, at: tuple[int, ...], exit: Func, name: str) -> Func:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effc.ir.core import Decode, Func, Module, Op, Ref, Value
 from effc.ir.ops import attribute
@@ -25,8 +26,11 @@ if TYPE_CHECKING:
 ROWS, LENGTH = 8, 128
 """Sequences of a step, and tokens of each."""
 
-RATE, TUNING_RATE = 2e-3, 1e-3
+RATE, TUNING_RATE = 2e-3, 5e-4
 """Learning rates of exits alone, and where the layers learn too."""
+
+LOOKED_AT = 8
+"""Windows of the evaluation text on which the agreement of exits is told."""
 
 TRAINED_ON = 0.6
 """Share of --calib that exits learn from; thresholds are calibrated on the rest, which they have not seen."""
@@ -187,7 +191,7 @@ def _unsure(score: jax.Array, right: jax.Array) -> jax.Array:
 
 def _looks(extend: Extend, context: Context, count: int) -> Callable[[Any], Mapping[str, float]]:
     """For `fit`: how often each exit's likeliest token is the last layer's, on the evaluation text."""
-    tokens = jnp.asarray(context.heldout.chunks[0][:, :LENGTH])
+    tokens = jnp.asarray(np.concatenate([chunk[:, :LENGTH] for chunk in context.heldout.chunks[:LOOKED_AT]]))
 
     @jax.jit
     def agreement(params: Any) -> list[jax.Array]:

@@ -112,6 +112,15 @@ def test_exits_outside_of_the_stack_are_refused():
         step(Calm(min_exit=6), parse(TINY))
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [({"tokens": 1}, "tokens 2 or more"), ({"prompt": 40}, "72 together, want at most the context of 64")],
+)
+def test_texts_that_cannot_be_generated_are_refused_before_training(options: dict[str, int], why: str):
+    with pytest.raises(PassError, match=why):
+        step(Calm(**options), parse(TINY))  # type: ignore[arg-type]
+
+
 def test_a_module_with_wrong_exits_is_told_what_is_wrong(made: Make):
     module, _ = made()
     for old, new, why in [
