@@ -87,7 +87,9 @@ def optimize(source: Source, out: Path, settings: Settings | None = None, consol
         checked = check(lowered, source, text.ids(), seed=settings.seed)
         lowered = replace(lowered, traced=None)  # the model's own program is large and has been compared
     notes = _notes(pipeline, settings, source, lowered.notes)
-    foretold, began = _foretold(edited or lowered.module, pipeline, asked, text.scored), time.perf_counter()
+    began, steps = time.perf_counter(), runner.run(edited or lowered.module, pipeline.ordered())
+    after = steps[-1].after if steps else edited or lowered.module
+    foretold = _foretold(lowered.module, after, pipeline, asked, text.scored)
     with staged(out, settings.force) as work:
         with scratch(work) as spool:
             origin = State(lowered.module, lowered.store)
@@ -147,7 +149,7 @@ def plan(source: Source, settings: Settings | None = None) -> Plan:
     exactness, notes = _exactness(pipeline, edited), _notes(pipeline, settings, source, lowered.notes)
     sizes = side(lowered.module), side(after)
     phases = pipeline.phases(bool(healing.training(pipeline.passes)), bool(healing.calibrating(pipeline.passes)))
-    foretold = predict(lowered.module, after, _minutes(pipeline, asked), settings.eval_tokens)
+    foretold = _foretold(lowered.module, after, pipeline, asked, settings.eval_tokens)
     return Plan(lowered.module.name, str(pipeline), str(exactness), *sizes, steps, notes, phases, foretold)
 
 
@@ -157,10 +159,9 @@ def _minutes(pipeline: Pipeline, asked: Budget | None) -> dict[str, float]:
     return {name: budget.minutes or budget.steps * STEP_SECONDS / 60 for name, budget in found.items()}
 
 
-def _foretold(start: Module, pipeline: Pipeline, asked: Budget | None, scored: int) -> Prediction:
-    """What `plan` would have said."""
-    steps = runner.run(start, pipeline.ordered())
-    return predict(start, steps[-1].after if steps else start, _minutes(pipeline, asked), scored)
+def _foretold(before: Module, after: Module, pipeline: Pipeline, asked: Budget | None, scored: int) -> Prediction:
+    """What a run would take."""
+    return predict(before, after, _minutes(pipeline, asked), scored, len(healing.calibrating(pipeline.passes)))
 
 
 def transform(

@@ -31,6 +31,9 @@ FLOPS = 2e10
 STARTING = 45.0
 """Seconds of tracing, compiling and checking that do not depend on the weights."""
 
+CALIBRATION = 200 * 32 * 3
+"""Tokens that a pass generates to calibrate: prompts, tokens of each, and how often on average."""
+
 COPIES = 6
 """Of the weights in f32 while training: teacher, student, gradient, two of the optimizer, one on its way."""
 
@@ -74,17 +77,18 @@ class Prediction:
         return "planned (and what it was): " + ", ".join(f"{what} {told} ({was})" for what, told, was in pairs)
 
 
-def predict(before: Module, after: Module, minutes: Mapping[str, float], scored: int) -> Prediction:
-    """From structure alone; minutes of training by pass, scored tokens of the evaluation."""
+def predict(
+    before: Module, after: Module, minutes: Mapping[str, float], scored: int, calibrating: int = 0
+) -> Prediction:
+    """From structure alone; minutes of training by pass, scored tokens of the evaluation, passes that calibrate."""
     training = 60 * sum(minutes.values())
     work = 2 * scored * (flops_per_token(before, 256) + flops_per_token(after, 256)) / FLOPS
     peak = LIBRARIES + 2 * max(nbytes(before), nbytes(after))
     if training:
         peak = max(peak, LIBRARIES + 4 * COPIES * param_count(before) + 4 * LOGITS * SEQUENCES * _vocab(before))
     written = 3 * nbytes(before) / bandwidth()
-    return Prediction(
-        nbytes(after), token_bytes(after), decode_rate(after), peak, STARTING + work + written + training, training
-    )
+    seconds = STARTING + work + written + training + CALIBRATION * calibrating / decode_rate(after)
+    return Prediction(nbytes(after), token_bytes(after), decode_rate(after), peak, seconds, training)
 
 
 def decode_rate(module: Module, context: int = 128) -> float:
