@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 import jax
@@ -72,14 +72,19 @@ def test_the_joint_of_rounds_is_exact() -> None:
     p, q = (np.random.default_rng(s).dirichlet(np.ones(3), 3) for s in (1, 2))
     paths = itertools.product(range(3), repeat=3)
     want = {x: float(np.prod([p[a, b] for a, b in itertools.pairwise((0, *x))])) for x in paths}
-    got: Counter[tuple[int, ...]] = Counter()
+    got: dict[tuple[int, ...], float] = defaultdict(float)
     _rounds(p, q, (), 1.0, got)
     assert sum(got.values()) == pytest.approx(1, abs=1e-6)
     assert {x: got[x] for x in want} == pytest.approx(want, abs=1e-6)
 
 
 def _rounds(
-    p: np.ndarray, q: np.ndarray, said: tuple[int, ...], chance: float, out: Counter[tuple[int, ...]], drafted: int = 0
+    p: np.ndarray,
+    q: np.ndarray,
+    said: tuple[int, ...],
+    chance: float,
+    out: dict[tuple[int, ...], float],
+    drafted: int = 0,
 ) -> None:
     """Every way on from `said`, of whose last tokens `drafted` are drafts of this round that stand."""
     if len(said) >= 3:
@@ -121,7 +126,7 @@ def test_what_was_seen_grows_along_a_draft() -> None:
 
 def test_a_cache_that_cannot_roll_back_is_refused() -> None:
     state: Any = jnp.zeros(3)
-    with pytest.raises(EffcError, match="entry 0 is a .*, which cannot be rolled back, want rows a token"):
+    with pytest.raises(EffcError, match=r"entry 0 is a .*, which cannot be rolled back, want rows a token"):
         check_rolls_back(Cache(jnp.zeros(1, jnp.int32), (state,)))
 
 

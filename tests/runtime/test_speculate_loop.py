@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from effc.backend.to_python import emit, load_program
-from effc.ir.core import Module
+from effc.generator import engine_of
+from effc.ir.core import Module, Ref
 from effc.ir.parser import parse
+from effc.opened import open_model
 from effc.passes.base import Notes
 from effc.passes.draft import Draft
-from effc.runtime.engine import Engine, How
+from effc.passes.draft_model import _alone, attached
+from effc.runtime.cache import Cache
+from effc.runtime.chain import Chain
+from effc.runtime.engine import Engine
 from effc.runtime.generate import Request, Result, Stats, _Run, generate
-from effc.runtime.program import Program
 from effc.runtime.sampling import Sampling
 from tests.runtime.conftest import TINY, random_params
 
@@ -32,19 +36,11 @@ def drafted(kind: str) -> Module:
     """The tiny model with a drafter; `model` is a copy of itself, whose arrays are others."""
     module = parse(TINY.read_text())
     if kind == "model":
-        from effc.passes.draft_model import _alone, attached
-
         whole = Draft(kind="lookup", gamma=3).run(module, Notes())
         assert whole.decode is not None
-        attrs = {**whole.decode.attrs, "kind": "model", "drafter": parse_ref("draft")}
+        attrs = {**whole.decode.attrs, "kind": "model", "drafter": Ref("draft")}
         return replace(attached(module, _alone(module)), decode=replace(whole.decode, attrs=attrs))
     return Draft(kind=kind, gamma=3, vocab=16, layers=1).run(module, Notes())  # type: ignore[arg-type]
-
-
-def parse_ref(name: str) -> Any:
-    from effc.ir.core import Ref
-
-    return Ref(name)
 
 
 def engine_with(kind: str, params: Any, **decode: Any) -> Engine:
@@ -68,3 +64,82 @@ def test_greedy_tokens_are_those_of_plain_decoding(engine: Engine, engines: dict
     stats = got.stats.draft
     assert stats and stats.emitted == sum(map(len, plain.tokens)) - 4 == stats.calls + stats.accepted
     assert stats.drafted > stats.accepted
+
+
+def test_a_drafter_that_copies_leaves_samples_as_they_are(engine: Engine, engines: dict[str, Engine]) -> None:
+    plain = generate(engine, PROMPTS, max_new_tokens=30, sampling=ALL, seed=3)
+    assert generate(engines["lookup"], PROMPTS, max_new_tokens=30, sampling=ALL, seed=3).tokens == plain.tokens
+
+
+@pytest.mark.parametrize("kind", ["lookup", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
+def test_stops_inside_a_draft(engine: Engine, engines: dict[str, Engine], kind: str) -> None:
+    free = generate(engine, PROMPTS[:1], max_new_tokens=20).tokens[0]
+    for stop in sorted(set(free[1:])):
+        want = generate(engine, PROMPTS, max_new_tokens=40, stop_ids=[stop])
+        got = generate(engines[kind], PROMPTS, max_new_tokens=40, stop_ids=[stop], chunk=7)
+        assert got.tokens == want.tokens and got.finish == want.finish
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
+def test_the_last_position_of_the_context_is_used(engine: Engine, engines: dict[str, Engine], kind: str) -> None:
+    prompt = [1 + i % 6 for i in range(160)]
+    want = generate(engine, [prompt, [4]], max_new_tokens=40).tokens
+    assert generate(engines[kind], [prompt, [4]], max_new_tokens=40).tokens == want
+
+
+@pytest.mark.parametrize(
+    "kind", ["head", *(pytest.param(k, marks=pytest.mark.slow) for k in ("lookup", "self", "model"))]
+)
+def test_caches_after_every_round_are_those_of_a_prefill(engines: dict[str, Engine], kind: str) -> None:
+    """Nothing accepted, some, all, a stop in a draft, the end of the text in a draft: rows that count are the same."""
+    engine, prompts = engines[kind], [PROMPTS[0], PROMPTS[3]]
+    stop = generate(engine, prompts, max_new_tokens=24, chunk=1).tokens[0][9]
+    request = Request(prompts, 24, chunk=1, stop_ids=[stop])
+    run = _Run(engine, request, Result([[], []], ["length"] * 2, Stats()))
+    run.take(run.prefill())
+    while not run.finished():
+        run.take(run.decode())
+        _as_after_a_prefill(engine, run.state, 2)
+
+
+def _as_after_a_prefill(engine: Engine, state: dict[str, Any], rows: int) -> None:
+    lengths = np.asarray(state["cache"].lengths)
+    tokens = jnp.maximum(state["history"][:, :64], 0)
+    _, features, fresh = engine.read(tokens, engine.empty(rows, 64), jnp.asarray(lengths))
+    _same(state["cache"], fresh, lengths)
+    own = state.get("own")
+    if own is None or not own["cache"].entries:
+        return
+    drafter = engine.speculation.drafter if engine.speculation else None
+    assert isinstance(drafter, Chain)
+    operands = [] if features is None else [features[:, :-1]]
+    _, *_, again = drafter.entry(engine.params, tokens[:, len(operands) :], *operands)
+    # What drafts left past the tokens that were said is cut off before the next is made.
+    sure = np.minimum(np.asarray(own["sure"]), lengths)
+    _same(own["cache"], again, sure)
+
+
+def _same(one: Cache, other: Cache, lengths: np.ndarray) -> None:
+    for a, b in zip(one.entries, other.entries, strict=True):
+        for x, y in zip(a.all(), b.all(), strict=True):
+            for row, n in enumerate(lengths):
+                np.testing.assert_allclose(x[row, :n], y[row, :n], atol=2e-5)
+
+
+SHIPPED = ("lookup", "self", "head", "int4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SHIPPED)
+def test_twenty_prompts_of_the_bundled_model(checkpoint: Path, heldout: Path, kind: str) -> None:
+    """Greedy, f32, 128 tokens after each prompt: the tokens of plain decoding, whatever drafts (here untrained)."""
+    found = open_model(checkpoint)
+    tokenizer, ids = found.tokenizer(), found.tokenizer().encode(heldout.read_text())
+    prompts = [ids[i * 40 : i * 40 + 24] for i in range(20)]
+    made_by = Draft(kind=kind, gamma=3, vocab=1024)  # type: ignore[arg-type]
+    after = made_by.run(found.module, Notes())
+    store = made_by.weights(found.module, after, found.store)
+    plain = engine_of(found, tokenizer.eos_ids)
+    drafts = engine_of(replace(found, module=after, store=store), tokenizer.eos_ids)
+    want = generate(plain, prompts, max_new_tokens=128).tokens
+    assert generate(drafts, prompts, max_new_tokens=128).tokens == want
