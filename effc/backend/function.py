@@ -209,7 +209,9 @@ class Body:
 
     def _keywords(self, op: Op) -> dict[str, Expr]:
         keywords = {
-            name: literal(value) for name, value in op.attrs.items() if (op.kind, name) != ("attention", "mask")
+            name: literal(value)
+            for name, value in op.attrs.items()
+            if op.kind != "attention" or name not in {"mask", "keyed", "asked"}
         }
         if any("jnp." in code(value) for value in keywords.values()):
             self.plan.used.add("jnp")  # not a number
@@ -230,11 +232,12 @@ class Body:
 
     def _append(self, op: Op) -> Statement:
         """`keys, values = step.append(k, v)`: those of all tokens so far."""
-        _, k, v = op.inputs[:3]
+        keyed, _ = _rows(op)
+        k, kept = op.inputs[1], op.inputs[1 : 3 + keyed]
         if not by_token(self.types[k]):
             raise EffcError(f"{self._where(op)}: keys are {self.types[k]}, want one row a token, [b,t,...]")
-        self.keys = [self.names.fresh("keys"), self.names.fresh("values")]
-        return syntax.assign(self.keys, call("step.append", [self.value(k), self.value(v)]))
+        self.keys = [self.names.fresh(n) for n in ("keys", "values", *("kept" for _ in range(keyed)))]
+        return syntax.assign(self.keys, call("step.append", [self.value(name) for name in kept]))
 
     def _keep(self, op: Op) -> Statements:
         """`step.append(k, v)`; what comes of it is what went in."""
@@ -244,7 +247,12 @@ class Body:
 
     def _attention(self, op: Op, functions: list[Expr]) -> Expr:
         self.plan.used.add("attention")
-        args = [self.value(op.inputs[0]), *map(syntax.name, self.keys), expr("step.positions"), *functions]
+        keyed, asked = _rows(op)
+        keys, values, *mine = map(syntax.name, self.keys)
+        args = [self.value(op.inputs[0]), keys, values, expr("step.positions"), *functions]
+        if keyed or asked:
+            others = [self.value(name) for name in op.inputs[3 + keyed : 3 + keyed + asked]]
+            args += [syntax.sequence(mine), syntax.sequence(others)]
         return call("attention", args, self._keywords(op))
 
     def _const(self, op: Op) -> Expr:
@@ -296,8 +304,8 @@ class Body:
 
     def _region(self, op: Op, title: str, region: Func) -> cst.FunctionDef:
         """A local function; inputs past those that its op gives are values of this one."""
-        given = 3 if op.kind == "attention" else len(region.inputs)
-        bound_here = [code(self.value(name)) for name in op.inputs[3:]] if op.kind == "attention" else []
+        given = 3 + sum(_rows(op)) if op.kind == "attention" else len(region.inputs)
+        bound_here = [code(self.value(name)) for name in op.inputs[given:]] if op.kind == "attention" else []
         known, outer = self.names.known(), (self.types, self.scope, self.results, self.literals)
         own = [self.names.new(value.name) for value in region.inputs[:given]]
         for value, bound in zip(region.inputs[given:], bound_here, strict=True):
@@ -353,6 +361,13 @@ class Body:
         assert isinstance(target, Ref)
         block = self.plan.blocks[target.name]
         return call(block.title, self._arguments(block, self._inputs(op)))
+
+
+def _rows(op: Op) -> tuple[int, int]:
+    """How many operands past q, k and v an attention's bias sees by key, and how many by query."""
+    keyed, asked = attribute(op, "keyed"), attribute(op, "asked")
+    assert isinstance(keyed, int) and isinstance(asked, int)
+    return keyed, asked
 
 
 def signature(func: Func) -> str:

@@ -12,6 +12,7 @@ from jax import Array
 from jax.extend.core import jaxpr_as_fun
 
 from effc.errors import EffcError
+from effc.frontend.blind import seeing
 from effc.frontend.exactly import exactly, halved, widened
 from effc.frontend.lowering import Lowered
 from effc.frontend.source import Source, Weights
@@ -32,12 +33,14 @@ ROUNDING = 2e-3
 def check(lowered: Lowered, source: Source, tokens: np.ndarray | None = None, *, seed: int = 0) -> list[str]:
     """Raise EffcError where the module is not the model; returns what was compared, a line each.
 
-    tokens: a line of real token ids to draw prompts from; random ids are always tried too. The model's
+    tokens: a line of real token ids to draw prompts from; random ids are always tried too. Tokens that see no key,
+    such as padding, are drawn again: what a model makes of them may depend on later ones. The model's
     own program and the module each read all weights once.
     """
     module, traced = lowered.module, lowered.traced
     assert traced is not None
-    prompts = _prompts(module, tokens, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    prompts = jnp.asarray(seeing(module, lowered.store, _prompts(module, tokens, rng), rng))
     program = jax.make_jaxpr(source.forward)(source.spec, jax.ShapeDtypeStruct(prompts.shape, jnp.int32))
     wanted = original_logits(program, traced.paths, source.weights, prompts)
     decoded = _Decoding(module, prompts)
@@ -58,14 +61,14 @@ def _judge(module: Module, store: Mapping[str, Reads], prompts: Array) -> Judge:
     return lambda made, wanted, where: alike(made, wanted, exact[:, : made.shape[1]], where)
 
 
-def _prompts(module: Module, tokens: np.ndarray | None, rng: np.random.Generator) -> Array:
+def _prompts(module: Module, tokens: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
     """Four rows at a size that was not traced, longer than any window: real text first if there is some."""
     vocab, context = int(module.meta["vocab"]), int(module.meta["context"])
     t = min(context, max(24, _window(module) + 9))
     ids = rng.integers(0, vocab, (4, t), dtype=np.int32)
     if tokens is not None and len(tokens) >= t:
         ids[0] = tokens[:t]
-    return jnp.asarray(ids)
+    return ids
 
 
 def _window(module: Module) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -91,14 +92,34 @@ def _is_root(name: str, roots: Iterable[str]) -> bool:
 
 
 def _hoisted(ops: list[Op], makers: dict[str, Op]) -> list[Op]:
-    """What positions and literals alone decide comes first: it is the same for all layers."""
+    """What positions and literals alone decide comes first, and what several attentions read of every token:
+    it is the same for all layers."""
     early: set[str] = {name for name, op in makers.items() if op.kind in LEAVES - {"param"}}
-    first: list[Op] = []
+    shared, first = _read_by_several(ops, makers), list[Op]()
     for op in ops:
-        if op.kind == "positions" or (op.inputs and all(i in early for i in op.inputs)):
+        if op.outputs[0].name in shared:
+            first.append(op)
+        elif op.kind == "positions" or (op.inputs and all(i in early for i in op.inputs)):
             early.update(value.name for value in op.outputs)
             first.append(op)
-    return first + [op for op in ops if op.outputs[0].name not in early]
+    return first + [op for op in ops if op.outputs[0].name not in early | shared]
+
+
+def _read_by_several(ops: Sequence[Op], makers: dict[str, Op]) -> set[str]:
+    """First outputs of the ops that make what two attentions or more read beside queries, keys and values."""
+    counts = Counter(name for op in ops if op.kind == "attention" for name in dict.fromkeys(op.inputs[3:]))
+    return {op.outputs[0].name for op in _needed([name for name, n in counts.items() if n > 1], makers)}
+
+
+def _needed(names: list[str], makers: dict[str, Op]) -> list[Op]:
+    """Ops that these values are made by, leaves aside."""
+    found: dict[str, Op] = {}
+    while names:
+        op = makers.get(names.pop())
+        if op is not None and op.kind not in LEAVES and op.outputs[0].name not in found:
+            found[op.outputs[0].name] = op
+            names.extend(op.inputs)
+    return list(found.values())
 
 
 # -- search ---------------------------------------------------------------------------------------------

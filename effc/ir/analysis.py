@@ -146,7 +146,9 @@ def _kept(func: Func) -> Iterator[Type]:
     known = func.types()
     for op in func.ops:
         if op.kind == "attention":
-            yield from (known[name] for name in op.inputs[1:3])
+            keyed = attribute(op, "keyed")
+            assert isinstance(keyed, int)
+            yield from (known[name] for name in op.inputs[1 : 3 + keyed])
         elif op.kind == "window" and attribute(op, "lookback") != 0:
             fixed = attribute(op, "fixed")
             assert isinstance(fixed, int)

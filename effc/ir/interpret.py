@@ -104,19 +104,22 @@ def _attention(
     op: Op, operands: Sequence[Array], weights: Mapping[str, Weight], attrs: dict[str, Any], context: Context
 ) -> Sequence[Array]:
     q, k, v, *extra = operands
-    attrs = {key: value for key, value in attrs.items() if key != "mask"}
-    bias = _bias(op.regions["bias"], extra, context) if "bias" in op.regions else None
+    keyed, rows = attrs.get("keyed", 0), attrs.get("keyed", 0) + attrs.get("asked", 0)
+    attrs = {key: value for key, value in attrs.items() if key not in {"mask", "keyed", "asked"}}
+    bias = _bias(op.regions["bias"], extra[rows:], context) if "bias" in op.regions else None
     if context.routed is not None:
+        if rows:
+            raise EffcError(f"{op.loc}: tokens that skip a depth have no row for what this attention reads a token")
         return [context.routed.attend(op, q, k, v, context.positions, bias, attrs)]
-    k, v = _kept(op, (k, v), context)
-    return [layers.attention(q, k, v, context.positions, bias, **attrs)]
+    k, v, *mine = _kept(op, (k, v, *extra[:keyed]), context)
+    return [layers.attention(q, k, v, context.positions, bias, mine, extra[keyed:rows], **attrs)]
 
 
 def _bias(region: Func, extra: Sequence[Array], context: Context) -> Any:
-    """The region as a function of three scalars; further inputs are bound now."""
+    """The region as a function of scalars and rows; what it reads whole is bound now."""
 
-    def bias(i: Array, j: Array, h: Array) -> Array:
-        (out,) = evaluate_func(region, (i, j, h, *extra), context.weights, context)
+    def bias(*scalars: Array) -> Array:
+        (out,) = evaluate_func(region, (*scalars, *extra), context.weights, context)
         return out
 
     return bias

@@ -136,7 +136,27 @@ def _attention(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tu
     _want(bool(whole), f"{heads} query heads do not divide among {groups} key heads")
     masked = op.attrs.get("mask", "causal") == "region"
     _want(masked == ("bias" in op.regions), "mask=region and a region 'bias' go together")
+    _bias_operands(op, inputs[3:], k)
     return (Type(q.dtype, (*q.shape[:3], v.shape[-1])),)
+
+
+def _bias_operands(op: Op, extra: Sequence[Type], k: Type) -> None:
+    """Operands past q, k and v against the region: rows first, by key and by query, then what is read whole."""
+    keyed, asked = op.attrs.get("keyed", 0), op.attrs.get("asked", 0)
+    assert isinstance(keyed, int) and isinstance(asked, int)
+    rows = keyed + asked
+    ok = keyed >= 0 and asked >= 0 and rows <= len(extra)
+    _want(ok, f"keyed={keyed}, asked={asked} of {len(extra)} operands after q, k and v")
+    if "bias" not in op.regions:
+        _want(not extra, f"{len(extra)} operands after q, k and v, want a region 'bias' that reads them")
+        return
+    for value in extra[:rows]:
+        _want(value.shape[:2] == k.shape[:2], f"rows of {value}, want one for each token, as k: {k}")
+    scalars = [Type("i32", ())] * 3
+    wanted = [*scalars, *(Type(x.dtype, x.shape[2:]) for x in extra[:rows]), *extra[rows:]]
+    given = [value.type for value in op.regions["bias"].inputs]
+    told = ", ".join(map(str, wanted))
+    _want(given == wanted, f"region 'bias' takes ({', '.join(map(str, given))}), want ({told})")
 
 
 def _repeat(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
@@ -199,10 +219,13 @@ _ROWS = [
          "rotate pairs of the first 2*cos.shape[-1] dims of x[b,t,h,d]; "
          "half: (i, i+n), interleaved: (2i, 2i+1)"),
     _row("attention", "q k v extra*", "bias*",
-         "scale:float=1.0 mask:causal|region=causal window:int=0 softcap:float=0.0", _attention, _C,
+         "scale:float=1.0 mask:causal|region=causal window:int=0 softcap:float=0.0 keyed:int=0 asked:int=0",
+         _attention, _C,
          "softmax(mask(softcap(scale*q.k))) v over this and earlier tokens; "
          "q[b,t,h,d] k[b,t,g,d] v[b,t,g,e] -> [b,t,h,e]; "
-         "window n: the last n keys only; region `bias`(q position, k position, head) is added to the scores",
+         "window n: the last n keys only; region `bias`(q position, k position, head, extra) is added to the scores: "
+         "the first `keyed` extra are [b,t,...], kept with k and v and given as the key's row, the next `asked` the "
+         "query's, the rest whole",
          "bias?"),
     _row("silu", "x", "", "", _same, _L, "x * sigmoid(x)"),
     _row("gelu", "x", "", "approx:tanh|erf=tanh", _same, _L, "Gaussian error linear unit"),

@@ -133,9 +133,11 @@ def keys_of(block: Func, name: str) -> Func:
 
 
 def _keep(attention: Op, types: Mapping[str, Type], names: Names) -> Op:
-    k, v = attention.inputs[1:3]
-    outputs = tuple(Value(names.fresh(f"{name}.kept"), types[name]) for name in (k, v))
-    return Op("keep", (k, v), outputs)
+    keyed = attribute(attention, "keyed")
+    assert isinstance(keyed, int)
+    kept = attention.inputs[1 : 3 + keyed]
+    outputs = tuple(Value(names.fresh(f"{name}.kept"), types[name]) for name in kept)
+    return Op("keep", kept, outputs)
 
 
 def _placed(ops: Iterable[Op], attentions: list[Op], kept: list[Op]) -> Iterator[Op]:

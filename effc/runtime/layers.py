@@ -20,8 +20,8 @@ from effc.runtime.packed import Packed
 from effc.runtime.qarray import QArray
 
 Weight = jax.Array | QArray | Packed
-BiasFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""(query position, key position, head), each i32[] -> f32[] added to that score."""
+BiasFn = Callable[..., jax.Array]
+"""(query position, key position, head: i32[], the key's rows, the query's) -> f32[] added to that score."""
 
 
 @recorded
@@ -115,14 +115,16 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array, *, style: str = "half") -
 
 @recorded
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, bias_fn: BiasFn | None = None, *,
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, bias_fn: BiasFn | None = None,
+    keyed: Sequence[jax.Array] = (), asked: Sequence[jax.Array] = (), *,
     scale: float = 1.0, window: int = 0, softcap: float = 0.0,
 ) -> jax.Array:  # fmt: skip
     """q[b,t,h,d] k[b,S,g,d] v[b,S,g,e] -> [b,t,h,e]; key j is attended by i iff j <= positions[b,i].
 
-    Key j sits at position j; window n leaves the last n. Keys past a query's position are unfilled
-    cache rows: whatever is in k there has no effect, what is in v must be finite (it is multiplied
-    by exactly 0; caches start as zeros).
+    Key j sits at position j; window n leaves the last n; bias_fn sees rows of keyed[b,S,...] and asked[b,t,...].
+    A query from which the bias hides every key takes the mean of the values so far. Keys past a
+    query's position are unfilled cache rows: whatever is in k there has no effect, what is in v must be
+    finite (it is multiplied by exactly 0; caches start as zeros).
     """
     b, t, h, d = q.shape
     S, g, r = k.shape[1], k.shape[2], h // k.shape[2]
@@ -131,7 +133,10 @@ def attention(
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias_fn is not None:
-        scores = scores + score_bias(bias_fn, positions, S, h).reshape(b, g, r, t, S).swapaxes(2, 3)
+        bias = score_bias(bias_fn, positions, S, h, keyed, asked)
+        scores = scores + bias.reshape(b, g, r, t, S).swapaxes(2, 3)
+        if keyed or asked:  # several masks on one score must not add up to nothing at all
+            scores = jnp.maximum(scores, jnp.finfo(jnp.float32).min)
     scores = jnp.where(visible(positions, S, window)[:, None, :, None, :], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(b * g, t * r, S)
     out = _dot(weights, _by_head(v).astype(q.dtype), 2, 1, batch=1).astype(q.dtype)
@@ -152,14 +157,17 @@ def visible(positions: jax.Array, S: int, window: int = 0) -> jax.Array:
     return seen & (key > query - window) if window else seen
 
 
-def score_bias(bias_fn: BiasFn, positions: jax.Array, S: int, heads: int) -> jax.Array:
-    """f32[b,h,t,S] of a function of scalars; what does not depend on an axis is computed once along it."""
-    over = jax.vmap(bias_fn, (None, 0, None))  # keys
-    over = jax.vmap(over, (0, None, None))  # tokens
-    over = jax.vmap(over, (None, None, 0))  # heads
-    over = jax.vmap(over, (0, None, None))  # sequences
+def score_bias(
+    bias_fn: BiasFn, positions: jax.Array, S: int, heads: int,
+    keyed: Sequence[jax.Array] = (), asked: Sequence[jax.Array] = (),
+) -> jax.Array:  # fmt: skip
+    """f32[b,h,t,S] of a function of scalars and rows; what does not depend on an axis is computed once along it."""
+    over = jax.vmap(lambda i, j, h, mine, others: bias_fn(i, j, h, *mine, *others), (None, 0, None, 0, None))  # keys
+    over = jax.vmap(over, (0, None, None, None, 0))  # tokens
+    over = jax.vmap(over, (None, None, 0, None, None))  # heads
+    over = jax.vmap(over, (0, None, None, 0, 0))  # sequences
     keys, head = jnp.arange(S, dtype=jnp.int32), jnp.arange(heads, dtype=jnp.int32)
-    return over(positions, keys, head).astype(jnp.float32)
+    return over(positions, keys, head, tuple(keyed), tuple(asked)).astype(jnp.float32)
 
 
 def silu(x: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from effc.passes.raising.biases import parameters_between
 from effc.passes.raising.heads import fewest_heads, straight
 from effc.passes.raising.points import Form, Points, Where
 from effc.passes.raising.probe import Unseen, peel
+from effc.passes.raising.rows import as_operand, rows_between
 
 B, T = name_dim("b"), name_dim("t")
 CASTS = frozenset({"lax.convert_element_type"})
@@ -101,7 +102,7 @@ def _raise(graph: Graph, out: Op, context: int) -> str | None:
         found = _product(graph, scores)
         layout = _moved(found.axes.straight(len(scores.out.type.shape)), path, found.axes)
         form = Points(graph).form(soft.z, scores.outputs[0].name, Where(found.axes, layout), context)
-        tables = _tables(graph, form, soft.z, scores.outputs[0].name)
+        tables = _extra(graph, form, soft.z, scores.outputs[0].name)
         made = _build(graph, out, side, soft, scores, found, _moved(layout, soft.after, found.axes), form, tables)
     except Unseen as reason:
         return str(reason)
@@ -109,11 +110,13 @@ def _raise(graph: Graph, out: Op, context: int) -> str | None:
     return None
 
 
-def _tables(graph: Graph, form: Form, z: str, scores: str) -> list[str]:
-    """The tables that the bias of this attention reads, as values."""
-    params = parameters_between(graph, z, graph.find(scores)) if form.tables else []
+def _extra(graph: Graph, form: Form, z: str, scores: str) -> list[str]:
+    """What the bias of this attention reads, as values: rows by key and by query, and tables."""
+    rows = rows_between(graph, z, scores)
+    params = parameters_between(graph, z, [scores, *(row.name for row in rows)]) if form.tables else []
     names = [params[at] for at in form.tables]
-    return [graph.add("param", (), graph.params[n].type, params={"value": n})[0] for n in names]
+    tables = [graph.add("param", (), graph.params[n].type, params={"value": n})[0] for n in names]
+    return [*(as_operand(graph, rows[at]) for at in (*form.keyed, *form.asked)), *tables]
 
 
 MOVES = frozenset({"lax.transpose", "lax.reshape"})

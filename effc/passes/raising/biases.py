@@ -9,25 +9,36 @@ from effc.ir.core import Attr, Func, Op, Value
 from effc.ir.ops import ELEMENTWISE
 from effc.ir.types import DType, Size, Type, product
 from effc.passes.raising.probe import Unseen, region
+from effc.passes.raising.rows import Row
 
 Index = tuple[str, ...]
 I32 = Type("i32", ())
+SEQUENCE = "sequence"
+"""Stands for the index of the sequence, which a region is not told: it must read rows by it alone."""
 
 
 class Scalars:
     """Writes a region while it follows a value back to positions, literals and tables."""
 
-    def __init__(self, graph: Graph, scores: str) -> None:
+    def __init__(self, graph: Graph, scores: str, rows: Sequence[Row] = ()) -> None:
         self.graph, self.scores = graph, scores  # what stands for 0
+        self.rows = {row.name: row for row in rows}
+        self.keyed: dict[str, Value] = {}  # rows of the key, of the query
+        self.asked: dict[str, Value] = {}
+        self.joined: dict[str, tuple[tuple[Size, ...], list[str]]] = {}
         self.ops: list[Op] = []
         self.used: dict[str, Value] = {}  # operands of the region: tables, read whole
         self.memo: dict[tuple[str, Index], str] = {}
         self.numbers: dict[tuple[str, int], str] = {}
 
     def region(self, result: str) -> Func:
-        """The function of (i, j, h, tables used)."""
+        """The function of (i, j, h, rows of the key, of the query, tables used)."""
         given = [Value(name, I32) for name in "ijh"]
-        return Func("bias", (*given, *self.used.values()), tuple(self.ops), (result,))
+        rows = (*self.keyed.values(), *self.asked.values())
+        ops = _live(self.ops, result)
+        if any(SEQUENCE in op.inputs for op in ops):
+            raise Unseen("the mask depends on the tokens of one sequence in a way of its own")
+        return Func("bias", (*given, *rows, *self.used.values()), ops, (result,))
 
     # -- writing ----------------------------------------------------------------------------------------
     def op(self, kind: str, inputs: Index, dtype: DType, /, **attrs: Attr) -> str:
@@ -49,8 +60,25 @@ class Scalars:
         """The scalar at `index`, one i32 scalar an axis."""
         name = self.graph.find(name)
         if (name, index) not in self.memo:
-            self.memo[name, index] = self._made(name, index)
+            row = self.rows.get(name)
+            self.memo[name, index] = self._made(name, index) if row is None else self._row(row, index)
         return self.memo[name, index]
+
+    def _row(self, row: Row, index: Index) -> str:
+        """One number of what the key's or the query's token has."""
+        side = {"j": self.keyed, "i": self.asked}.get(index[row.token])
+        if side is None or index[row.batch] != SEQUENCE:
+            raise Unseen("the mask reads tokens beside the query and the key")
+        letter = "k" if side is self.keyed else "q"
+        given = side.setdefault(row.name, Value(f"{letter}{len(side)}", Type(row.type.dtype, row.sizes)))
+        return self.one(given, tuple(index[a] for a in row.rest)) if row.rest else given.name
+
+    def one(self, value: Value, index: Index) -> str:
+        """One number of an array."""
+        name, ones = f"r{len(self.ops)}", (1,) * len(value.type.shape)
+        cut = Value(name, Type(value.type.dtype, ones))
+        self.ops.append(Op("lax.dynamic_slice", (value.name, *index), (cut,), attrs={"slice_sizes": ones}))
+        return self.op("lax.reshape", (name,), value.type.dtype, new_sizes=())
 
     def _made(self, name: str, index: Index) -> str:
         op = self.graph.op(name)
@@ -75,12 +103,18 @@ class Scalars:
             if not isinstance(size, int):
                 raise Unseen("a bias is reshaped across tokens")
             flat = self.op("lax.add", (self.op("lax.mul", (flat, self.number(size)), "i32"), x), "i32")
+        self.joined[flat] = tuple(size for size, _ in long), [x for _, x in long]
         return flat
 
     def apart(self, sizes: Sequence[Size], flat: str) -> list[str]:
         """The reverse: an index for each axis."""
         long = [a for a, size in enumerate(sizes) if size != 1]
         out = [self.number(0)] * len(sizes)
+        shape, parts = self.joined.get(flat, ((), []))
+        if shape and shape == tuple(sizes[a] for a in long):
+            for a, part in zip(long, parts, strict=True):
+                out[a] = part
+            return out
         for a in reversed(long[1:]):
             size = sizes[a]
             if not isinstance(size, int):
@@ -173,10 +207,17 @@ def _read(at: Scalars, op: Op, param: str, index: Index) -> str:
     type = at.graph.params[param].type
     if param not in at.used:
         at.used[param] = Value(f"x{len(at.used)}", type)
-    name, ones = f"r{len(at.ops)}", (1,) * len(type.shape)
-    cut = Value(name, Type(type.dtype, ones))
-    at.ops.append(Op("lax.dynamic_slice", (at.used[param].name, *index), (cut,), attrs={"slice_sizes": ones}))
-    return at.op("lax.reshape", (name,), type.dtype, new_sizes=())
+    return at.one(at.used[param], index)
+
+
+def _live(ops: Sequence[Op], result: str) -> tuple[Op, ...]:
+    """Those that the result needs."""
+    needed, kept = {result}, list[Op]()
+    for op in reversed(ops):
+        if op.out.name in needed:
+            needed.update(op.inputs)
+            kept.append(op)
+    return tuple(reversed(kept))
 
 
 Rule = Callable[[Scalars, Op, Index], str]
@@ -186,6 +227,6 @@ RULES: Mapping[str, Rule] = {
 }  # fmt: skip
 
 
-def parameters_between(graph: Graph, z: str, scores: str) -> list[str]:
-    """Parameters that the path from scores to softmax reads, in an order that equal layers share."""
-    return list(dict.fromkeys(p for op in region(graph, [z], [scores]) for p in op.params.values()))
+def parameters_between(graph: Graph, z: str, given: Sequence[str]) -> list[str]:
+    """Parameters that the path from scores and rows to softmax reads, in an order that equal layers share."""
+    return list(dict.fromkeys(p for op in region(graph, [z], given) for p in op.params.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,9 +13,10 @@ from effc.frontend.graph import Graph
 from effc.ir.core import Attr, Func, Op, Value
 from effc.ir.interpret import Context, evaluate_func
 from effc.ir.types import Size, Type, evaluate
-from effc.passes.raising.biases import Scalars, parameters_between
+from effc.passes.raising.biases import SEQUENCE, Scalars, parameters_between
 from effc.passes.raising.pointwise import At, Tables
 from effc.passes.raising.probe import Unseen, region, signature
+from effc.passes.raising.rows import Row, StandIns, constants, drawn, rows_between
 from effc.runtime.layers import score_bias
 
 HIDDEN = -9e3
@@ -28,6 +30,8 @@ class Form:
     attrs: dict[str, Attr]
     bias: Func | None = None
     tables: tuple[int, ...] = ()  # places among the parameters between scores and softmax
+    keyed: tuple[int, ...] = ()  # places among the rows that are read there: at the key, at the query
+    asked: tuple[int, ...] = ()
 
 
 class Axes(Protocol):
@@ -62,17 +66,22 @@ class Points:
 
     def form(self, z: str, scores: str, where: Where, context: int) -> Form:
         """Scale, cap, window and bias of the path from `scores` to the softmax's input `z`."""
-        text = signature(self.graph, [z], [scores]) + f"@{context} {where}"
+        rows = rows_between(self.graph, z, scores)
+        text = signature(self.graph, [z], [scores, *(row.name for row in rows)]) + f"@{context} {where}"
         if text not in self.known:
-            self.known[text] = _Mask(self.graph, z, scores, where, context).form()
+            self.known[text] = _Mask(self.graph, z, scores, rows, where, context).form()
         return self.known[text]
 
 
 class _Mask:
     """One softmax input as a function of (score, head, query position, key position)."""
 
-    def __init__(self, graph: Graph, z: str, scores: str, where: Where, context: int) -> None:
-        self.graph, self.z, self.scores = graph, z, graph.find(scores)
+    def __init__(
+        self, graph: Graph, z: str, scores: str, rows: Sequence[Row], where: Where, context: int
+    ) -> None:  # fmt: skip
+        self.graph, self.z, self.scores, self.rows = graph, z, graph.find(scores), rows
+        self.given = [self.scores, *(row.name for row in rows)]
+        self.stand: StandIns = {}
         self.sizes = {"b": 1, "t": context}
         self.context, self.where = context, where
         axes = where.axes
@@ -86,7 +95,7 @@ class _Mask:
 
     def form(self) -> Form:
         """The attributes of `attention`, and the bias region if there is one. Parameters are 0 at first."""
-        visible, bias = self._small()
+        visible, bias = self._open() if self.rows else self._small()
         window = self._window()
         scale, cap = self._response()
         attrs: dict[str, Attr] = {}
@@ -96,50 +105,93 @@ class _Mask:
             attrs["window"] = window
         if cap:
             attrs["softcap"] = cap
-        added, tables = self._added(visible, bias)
-        return Form(attrs | {"mask": "region"} if added else attrs, added, tables)
+        return self._added(attrs, visible, bias)
 
-    def _added(self, visible: np.ndarray, bias: np.ndarray) -> tuple[Func | None, tuple[int, ...]]:
-        """What is added to the scores: nothing, a slope a head, or whatever the graph computes there."""
-        if not self.tables.touched:
+    def _open(self) -> tuple[np.ndarray, np.ndarray]:
+        """Stand-ins for rows under which most keys are seen: what causality and window leave; then as `_small`."""
+        found: list[tuple[int, StandIns]] = []
+        for stand in constants(self.rows, self.sizes):
+            self.stand = stand
+            found.append((int(self._small()[0].sum()), stand))
+        self.stand = max(found, key=lambda pair: pair[0])[1]
+        return self._small()
+
+    def _added(self, attrs: dict[str, Attr], visible: np.ndarray, bias: np.ndarray) -> Form:
+        """With what is added to the scores: nothing, a slope a head, or whatever the graph computes there."""
+        if not self.tables.touched and not self.rows:
             try:
-                return _linear_bias(self.graph, bias, visible), ()
+                slope = _linear_bias(self.graph, bias, visible)
+                return Form(attrs | {"mask": "region"} if slope else attrs, slope)
             except Unseen:
                 pass  # no straight line
-        return self._written(visible)
+        return self._written(attrs | {"mask": "region"}, visible)
 
-    def _written(self, visible: np.ndarray) -> tuple[Func, tuple[int, ...]]:
-        """The bias as a region of its own, held against the graph with random parameters."""
-        at = Scalars(self.graph, self.scores)
+    def _written(self, attrs: dict[str, Attr], visible: np.ndarray) -> Form:
+        """The bias as a region of its own, held against the graph with random parameters and rows."""
+        at = Scalars(self.graph, self.scores, self.rows)
         apart = {a: at.number(0) for a in range(len(self.where.axes.sizes))}
         heads = [evaluate(self.where.axes.sizes[a], {}) for a in self.where.axes.heads]
         apart |= dict(zip(self.where.axes.heads, at.apart(heads, "h"), strict=True))
         apart |= {self.where.axes.query: "i", self.where.axes.key: "j"}
+        if self.rows:
+            apart[self.where.axes.batch] = SEQUENCE
         sizes = self.where.axes.sizes
         index = tuple(at.flat([sizes[a] for a in g], [apart[a] for a in g]) for g in self.where.layout)
         found = at.region(at.value(self.z, index))
-        params = parameters_between(self.graph, self.z, self.scores)
-        self._hold(found, list(at.used), visible)
-        return found, tuple(params.index(p) for p in at.used)
+        params = parameters_between(self.graph, self.z, self.given)
+        names = [row.name for row in self.rows]
+        keyed, asked = (tuple(names.index(n) for n in side) for side in (at.keyed, at.asked))
+        counts = {"keyed": len(keyed), "asked": len(asked)}
+        form = Form(
+            attrs | {k: n for k, n in counts.items() if n}, found, tuple(params.index(p) for p in at.used), keyed, asked
+        )
+        self._hold(form, list(at.used), visible)
+        return form
 
-    def _hold(self, found: Func, used: list[str], visible: np.ndarray) -> None:
+    def _hold(self, form: Form, used: list[str], visible: np.ndarray) -> None:
         """Unseen where the region is not what the graph adds to the scores."""
+        answer = float(self._at(1.0, 0, 5, 5)) - float(self._at(0.0, 0, 5, 5))
+        for seed in range(4 if self.rows else 1):
+            self.stand = drawn(self.rows, self.sizes, self._literals(), seed)
+            self.tables.random = True
+            self._hold_drawn(form, used, visible, answer)
+            if self.rows:
+                self._hold_far(int(str(form.attrs.get("window", 0))))
+            self.tables.random = False
+
+    def _hold_drawn(self, form: Form, used: list[str], visible: np.ndarray, answer: float) -> None:
+        """The same for the first positions, with what now stands for rows and parameters."""
         n = len(visible)
-        self.tables.random = True
         grid = (np.arange(self.heads)[:, None, None], np.arange(n)[None, :, None], np.arange(n)[None, None])
         zero, one = (self._at(s, *grid) for s in (0.0, 1.0))
-        extra = [jnp.asarray(self.tables.array(self.graph, p)) for p in used]
+        made = self._added_by(form, used, n)
+        seen = np.broadcast_to(visible, zero.shape) & ((zero > self.limit) | (not self.rows))
+        far = np.isinf(made) | np.isinf(zero)
+        same = np.allclose(np.where(far, 0, made)[:, visible], np.where(far, 0, zero)[:, visible], rtol=1e-5, atol=1e-5)
+        alone = np.allclose(one[seen] - zero[seen], answer, rtol=1e-4, atol=1e-4)
+        if not same or not alone or (far & seen).any():
+            raise Unseen("what is added to the scores is not added alone")
+
+    def _added_by(self, form: Form, used: list[str], n: int) -> np.ndarray:
+        """The region at the first n positions, [heads,n,n]."""
+        assert form.bias is not None
+        func, tables = form.bias, [jnp.asarray(self.tables.array(self.graph, p)) for p in used]
         context = Context(dict(self.sizes), jnp.zeros((1, 1), jnp.int32))
+        given = [jnp.asarray(row.ordered(self.stand[row.name])[:, :n]) for row in self.rows]
 
-        def bias(i: Any, j: Any, h: Any) -> Any:
-            return evaluate_func(found, (i, j, h, *extra), {}, context)[0]
+        def bias(*scalars: Any) -> Any:
+            return evaluate_func(func, (*scalars, *tables), {}, context)[0]
 
-        made = np.asarray(score_bias(bias, jnp.arange(n, dtype=jnp.int32)[None], n, self.heads))[0]
-        self.tables.random = False
-        answer = float(self._at(1.0, 0, 5, 5)) - float(self._at(0.0, 0, 5, 5))
-        same = np.allclose(made[:, visible], zero[:, visible], rtol=1e-5, atol=1e-5)
-        if not same or not np.allclose((one - zero)[:, visible], answer, rtol=1e-4, atol=1e-4):
-            raise Unseen("what parameters add to the scores is not added alone")
+        keyed, asked = ([given[at] for at in side] for side in (form.keyed, form.asked))
+        where = jnp.arange(n, dtype=jnp.int32)[None]
+        return np.asarray(score_bias(bias, where, n, self.heads, keyed, asked))[0]
+
+    def _hold_far(self, window: int) -> None:
+        """Unseen where what stands for rows shows keys that are later or out of the window."""
+        queries, keys = self._some(), np.arange(self.context)
+        inside = (keys[None] <= queries[:, None]) & (keys[None] > queries[:, None] - (window or self.context))
+        if (self._seen(queries, keys) & ~inside).any():
+            raise Unseen("which keys a query may see depends on the tokens")
 
     def _small(self) -> tuple[np.ndarray, np.ndarray]:
         """Visibility [n,n] and bias [heads,n,n] of the first positions; later keys must be hidden."""
@@ -158,18 +210,8 @@ class _Mask:
 
     def _window(self) -> int:
         """How many keys up to its own a query sees; 0 for all."""
-        last = self.context - 1
-        some = sorted(
-            {
-                *range(min(24, self.context)),
-                *(2**p + d for p in range(5, 20) for d in (-1, 0, 1)),
-                last // 3,
-                last,
-            }
-        )
-        queries = np.array([i for i in some if i <= last])
-        keys = np.arange(self.context)
-        seen = np.stack([self._at(0.0, 0, i, keys) > self.limit for i in queries])
+        queries, keys = self._some(), np.arange(self.context)
+        seen = self._seen(queries, keys)
         if (seen & (keys[None] > queries[:, None])).any():
             raise Unseen("not causal: a query sees later keys")
         width = int(seen[-1].sum())
@@ -177,6 +219,21 @@ class _Mask:
         if width == 0 or (seen != wanted).any():
             raise Unseen("the mask is neither causal nor a window")
         return width if width < self.context else 0
+
+    def _some(self) -> np.ndarray:
+        """Queries that are looked at: the first, the last, and those about powers of 2."""
+        last = self.context - 1
+        some = {*range(min(24, self.context)), *(2**p + d for p in range(5, 20) for d in (-1, 0, 1)), last // 3, last}
+        return np.array([i for i in sorted(some) if i <= last])
+
+    def _seen(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Which keys take part, [queries,keys]."""
+        return np.stack([self._at(0.0, 0, i, keys) > self.limit for i in queries])
+
+    def _literals(self) -> list[float]:
+        """Numbers that the path from scores to softmax is written with."""
+        consts = (op.attrs["value"] for op in region(self.graph, [self.z], self.given) if op.kind == "const")
+        return [float(v) for v in consts if isinstance(v, int | float) and not isinstance(v, bool)]
 
     def _response(self) -> tuple[float, float]:
         """Scale and soft cap: how z answers to the score."""
@@ -198,10 +255,7 @@ class _Mask:
 
     def _literal_near(self, slope: float, within: float) -> float:
         """The literal that a measured slope is, where there is one."""
-        literals = [
-            float(v) for op in region(self.graph, [self.z], [self.scores]) if op.kind == "const"
-            for v in [op.attrs["value"]] if isinstance(v, float) and v
-        ]  # fmt: skip
+        literals = [v for v in self._literals() if v]
         near = [v for v in [1.0, *literals, *(1 / v for v in literals)] if slope and abs(v / slope - 1) < within]
         return _short(near[0]) if near else slope
 
@@ -210,7 +264,8 @@ class _Mask:
         apart = dict(zip(self.head_axes, np.unravel_index(np.asarray(head), self.head_shape), strict=True))
         apart |= {self.where.axes.query: np.asarray(i), self.where.axes.key: np.asarray(j)}
         places = tuple(np.asarray(self._merged(group, apart)) for group in self.where.layout)
-        z = At(self.graph, self.sizes, {self.scores: np.float32(score)}, self.tables).value(self.z, places)
+        at = At(self.graph, self.sizes, {self.scores: np.float32(score)}, self.tables, self.stand)
+        z = at.value(self.z, places)
         return np.broadcast_to(z, np.broadcast_shapes(*(p.shape for p in places)))
 
     def _merged(self, group: tuple[int, ...], apart: dict[int, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -37,10 +38,13 @@ class Tables:
 
 
 class At:
-    """One evaluation at points; `feeds` are values that are the same number everywhere."""
+    """One evaluation at points; `feeds` are values that are the same number everywhere, `rows` arrays of values."""
 
-    def __init__(self, graph: Graph, sizes: dict[str, int], feeds: dict[str, np.float32], tables: Tables) -> None:
-        self.graph, self.sizes, self.feeds, self.tables = graph, sizes, feeds, tables
+    def __init__(
+        self, graph: Graph, sizes: dict[str, int], feeds: dict[str, np.float32], tables: Tables,
+        rows: Mapping[str, np.ndarray],
+    ) -> None:  # fmt: skip
+        self.graph, self.sizes, self.feeds, self.tables, self.rows = graph, sizes, feeds, tables, rows
         self.memo: dict[object, Any] = {}
 
     def value(self, name: str, index: Index) -> Any:
@@ -48,6 +52,8 @@ class At:
         name = self.graph.find(name)
         if name in self.feeds:
             return self.feeds[name]
+        if name in self.rows:
+            return self.rows[name][tuple(np.asarray(i) for i in index)]
         key = (name, *(id(a) for a in index))
         if key not in self.memo:
             self.memo[key] = (self._compute(name, index), index)  # keeps the index alive, so ids stay unique

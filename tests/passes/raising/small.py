@@ -13,7 +13,7 @@ import numpy as np
 import effc
 from effc.frontend.source import Source
 
-VOCAB, WIDTH, HEADS, HEAD, CONTEXT = 61, 32, 4, 8, 40
+VOCAB, WIDTH, HEADS, HEAD, CONTEXT = 97, 32, 4, 8, 40
 
 Turn = Callable[[jax.Array], jax.Array]
 """x[b,t,h,d] turned by its position."""
@@ -98,6 +98,42 @@ def curved(p: Any, t: int) -> jax.Array:
     return -jnp.log1p(back)[None] * jnp.arange(1, HEADS + 1)[:, None, None]
 
 
+def earlier(p: Any, tokens: jax.Array, h: jax.Array, scores: jax.Array) -> jax.Array:
+    return jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -1e9)
+
+
+def padded(p: Any, tokens: jax.Array, h: jax.Array, scores: jax.Array) -> jax.Array:
+    """Tokens below 9 are seen by nobody but themselves; masks are multiplied."""
+    t = tokens.shape[1]
+    own, valid = jnp.eye(t), (tokens > 8).astype(jnp.float32)[:, None, None, :]
+    return jnp.where(jnp.tril(jnp.ones((t, t))) * jnp.maximum(valid, own) > 0, scores, jnp.finfo(jnp.float32).min)
+
+
+def blinded(p: Any, tokens: jax.Array, h: jax.Array, scores: jax.Array) -> jax.Array:
+    """Token 0 is seen by nobody and sees nobody; a number is added."""
+    t = tokens.shape[1]
+    valid = (tokens != 0).astype(jnp.float32)
+    mask = (valid[:, None, :, None] * valid[:, None, None, :]) * jnp.tril(jnp.ones((t, t)))
+    return scores + jax.lax.select(mask > 0, jnp.zeros_like(mask), jnp.full_like(mask, -1e10))
+
+
+def packed(p: Any, tokens: jax.Array, h: jax.Array, scores: jax.Array) -> jax.Array:
+    """Texts end with a token below 9; tokens see those of their own text."""
+    text = jnp.cumsum(tokens < 9, axis=1)
+    same = (text[:, None] == text[:, :, None])[:, None]
+    return jnp.where(same & jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
+
+
+def forgetful(p: Any, tokens: jax.Array, h: jax.Array, scores: jax.Array) -> jax.Array:
+    """Each token fades what came before it, by as much as its state says, head by head."""
+    fade = jnp.cumsum(jax.nn.log_sigmoid(jnp.dot(h, p["fade"]) + 2.0), axis=1).transpose(0, 2, 1)
+    return earlier(p, tokens, h, scores + fade[..., :, None] - fade[..., None, :])
+
+
+Hide = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+"""A layer's parameters, tokens, states and scores [b,h,t,t] -> scores of what is to be seen."""
+
+
 @dataclass(frozen=True)
 class Way:
     """How a model does it."""
@@ -105,6 +141,7 @@ class Way:
     turn: Turn = unturned
     embed: Embed = looked_up
     bias: Bias = unbiased
+    hide: Hide = earlier
     repeat_first: bool = False  # two key heads repeated to four before they are turned, as some do
 
 
@@ -112,7 +149,7 @@ def weights() -> Any:
     rng = np.random.default_rng(0)
     layer = {
         "q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH // 2), "v": (WIDTH, WIDTH // 2), "o": (WIDTH, WIDTH),
-        "up": (WIDTH, 48), "down": (48, WIDTH), "scale": (WIDTH,), "bias": (8, HEADS),
+        "up": (WIDTH, 48), "down": (48, WIDTH), "scale": (WIDTH,), "bias": (8, HEADS), "fade": (WIDTH, HEADS),
     }  # fmt: skip
     shapes = {"embed": (VOCAB, WIDTH), "head": (WIDTH, VOCAB)}
     made: dict[str, Any] = {
@@ -123,7 +160,7 @@ def weights() -> Any:
     return made
 
 
-def block(way: Way, p: Any, x: jax.Array) -> jax.Array:
+def block(way: Way, p: Any, x: jax.Array, tokens: jax.Array) -> jax.Array:
     b, t, _ = x.shape
     h = p["scale"] * x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
     q, k, v = (jnp.dot(h, p[n]).reshape(b, t, -1, HEAD) for n in "qkv")
@@ -132,8 +169,8 @@ def block(way: Way, p: Any, x: jax.Array) -> jax.Array:
     q, k = way.turn(q), way.turn(k)
     k, v = (x if x.shape[2] == HEADS else jnp.repeat(x, 2, axis=2) for x in (k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / HEAD**0.5 + way.bias(p, t)[None]
-    seen = jnp.tril(jnp.ones((t, t), bool))
-    mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.where(seen, scores, -1e9)), v).reshape(b, t, WIDTH)
+    shares = jax.nn.softmax(way.hide(p, tokens, h, scores))
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", shares, v).reshape(b, t, WIDTH)
     x = x + jnp.dot(mixed, p["o"])
     return x + jnp.dot(jax.nn.silu(jnp.dot(x, p["up"])), p["down"])
 
@@ -144,7 +181,7 @@ def source(way: Way) -> Source:
     def forward(p: Any, tokens: jax.Array) -> jax.Array:
         x = way.embed(p, tokens)
         for i in range(2):
-            x = block(way, p[f"layer_{i}"], x)
+            x = block(way, p[f"layer_{i}"], x, tokens)
         return jnp.dot(x, p["head"])
 
     return effc.load(forward, weights(), name="small", context=CONTEXT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from effc.frontend import lower
 from effc.frontend.check import check
 from effc.ir.core import walk
+from tests.conformance.checks import Case, decoding, logits
+from tests.conformance.models import Model
 from tests.passes.raising import small
 from tests.passes.raising.small import Way
 
@@ -21,6 +24,10 @@ WAYS = {
     "one-hot-learned-bias": Way(embed=small.one_hot, bias=small.relative_one_hot),
     "sinusoids-learned-bias": Way(embed=small.sinusoids, bias=small.relative),
     "curved-bias": Way(bias=small.curved),
+    "padded": Way(hide=small.padded),
+    "blinded": Way(hide=small.blinded),
+    "packed": Way(hide=small.packed),
+    "forgetful": Way(hide=small.forgetful),
 }
 LEFT = {"lax.dot_general", "lax.rsqrt", "lax.exp", "lax.gather", "lax.scatter", "window"}
 
@@ -43,8 +50,16 @@ def test_raised_rolled_and_equal(way: Way) -> None:
     assert not LEFT & {op.kind for func in low.module.funcs.values() for op in func.ops}
     (attention,) = (op for op in layer.ops if op.kind == "attention")
     assert layer.types()[attention.inputs[1]].shape[2] == 2  # heads are shared, not repeated
-    assert ("bias" in attention.regions) == (way.bias is not small.unbiased)
+    plain = way.bias is small.unbiased and way.hide is small.earlier
+    assert ("bias" in attention.regions) == (not plain)
     check(low, source)
+
+
+@pytest.mark.parametrize("name", ["padded", "blinded", "packed", "forgetful"])
+def test_masks_of_tokens_decode_in_ragged_batches(name: str, tmp_path: Path) -> None:
+    case = Case(Model("own", lambda: small.source(WAYS[name]), 2), tmp_path)
+    logits(case)
+    decoding(case)
 
 
 def test_each_layer_reads_its_own_learned_bias() -> None:
