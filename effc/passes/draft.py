@@ -79,6 +79,11 @@ class Draft(Pass):
             return draft_model.arrays(module, after, arrays)
         return []
 
+    def arrays(self, before: Module, after: Module, store: Store, context: Context, notes: Notes) -> Store:
+        if self.kind == "model":
+            draft_model.check_tokens(context.tokenizer, Path(self.model), cut_vocab(after))
+        return self.weights(before, after, store)
+
     def training_minutes(self) -> float:
         return MINUTES if self.kind in ("head", "self") else 0.0
 
@@ -101,8 +106,6 @@ class Draft(Pass):
     def calibrate(self, module: Module, store: Store, context: Context, notes: Notes) -> Module:
         from effc.passes import draft_plan  # it runs the model: only where that is asked for
 
-        if self.kind == "model":
-            draft_model.check_tokens(context.tokenizer, Path(self.model), cut_vocab(module))
         return draft_plan.planned(self, module, store, context, notes)
 
     def _loop(self) -> str:

@@ -19,6 +19,7 @@ from effc.runtime.program import Program
 from effc.runtime.sampling import Sampling
 from effc.runtime.speculate import agreed, check_rolls_back, emission, probabilities, residual, reviewed, seen_after
 
+Joint = dict[tuple[int, ...], float]
 ONE = np.eye(4, dtype=np.float32)
 RANDOM = np.random.default_rng(0).dirichlet(np.ones(4), 6).astype(np.float32)
 PAIRS = [
@@ -72,7 +73,7 @@ def test_the_joint_of_rounds_is_exact() -> None:
     p, q = (np.random.default_rng(s).dirichlet(np.ones(3), 3) for s in (1, 2))
     paths = itertools.product(range(3), repeat=3)
     want = {x: float(np.prod([p[a, b] for a, b in itertools.pairwise((0, *x))])) for x in paths}
-    got: dict[tuple[int, ...], float] = defaultdict(float)
+    got: Joint = defaultdict(float)
     _rounds(p, q, (), 1.0, got)
     assert sum(got.values()) == pytest.approx(1, abs=1e-6)
     assert {x: got[x] for x in want} == pytest.approx(want, abs=1e-6)
