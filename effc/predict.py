@@ -34,6 +34,9 @@ STARTING = 45.0
 CALIBRATION = 200 * 32 * 3
 """Tokens that a pass generates to calibrate: prompts, tokens of each, and how often on average."""
 
+TRAINER = 500 * 10**6
+"""Memory of what training brings: its libraries, its compiled step (measured: 1.2 GB in all for 6 M weights)."""
+
 COPIES = 6
 """Of the weights in f32 while training: teacher, student, gradient, two of the optimizer, one on its way."""
 
@@ -85,7 +88,9 @@ def predict(
     work = 2 * scored * (flops_per_token(before, 256) + flops_per_token(after, 256)) / FLOPS
     peak = LIBRARIES + 2 * max(nbytes(before), nbytes(after))
     if training:
-        peak = max(peak, LIBRARIES + 4 * COPIES * param_count(before) + 4 * LOGITS * SEQUENCES * _vocab(before))
+        peak = max(
+            peak, LIBRARIES + TRAINER + 4 * COPIES * param_count(before) + 4 * LOGITS * SEQUENCES * _vocab(before)
+        )
     written = 3 * nbytes(before) / bandwidth()
     seconds = STARTING + work + written + training + CALIBRATION * calibrating / decode_rate(after)
     return Prediction(nbytes(after), token_bytes(after), decode_rate(after), peak, seconds, training)
