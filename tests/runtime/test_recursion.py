@@ -117,7 +117,9 @@ def test_a_decoded_token_copies_no_cache(tmp_path: Path) -> None:
     cache, token = machine.empty(1, 1000), jnp.zeros((1, 1), jnp.int32)
     compiled = jax.jit(machine.program.extend, donate_argnums=2).lower(machine.params, token, cache).compile()
     kept = {f"f32[{','.join(map(str, x.shape))}]" for x in jax.tree.leaves(cache) if x.ndim == 3}
-    copies = [line for line in str(compiled.as_text()).splitlines() if " copy(" in line and any(k in line for k in kept)]
+    copies = [
+        line for line in str(compiled.as_text()).splitlines() if " copy(" in line and any(k in line for k in kept)
+    ]
     assert len(kept) == 2
     assert not copies
 
