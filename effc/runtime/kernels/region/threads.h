@@ -40,14 +40,16 @@ class Work {
       stages_.push_back(reinterpret_cast<const Stage*>(at));
       at += stages_.back()->words;
     }
+    for (const Stage* stage : stages_) counts_.push_back(Tasks(*stage));
     progress_ = std::vector<Progress>(stages_.size());
   }
 
-  // Until every stage is done, whoever did it.
+  // Until every stage is done, whoever did it. Program and buffers may be gone when a thread comes late: without
+  // a task in hand it looks at counts alone.
   void Go() {
     for (size_t i = 0; i < stages_.size(); ++i) {
       Progress& progress = progress_[i];
-      const int64_t count = Tasks(*stages_[i]);
+      const int64_t count = counts_[i];
       for (int64_t task; progress.done.load(std::memory_order_acquire) < count;) {
         if (progress.next.load(std::memory_order_relaxed) >= count || (task = progress.next.fetch_add(1)) >= count) {
           Wait(progress, count);
@@ -117,6 +119,7 @@ class Work {
   const Memory memory_;
   const int64_t threads_;
   std::vector<const Stage*> stages_;
+  std::vector<int64_t> counts_;
   std::vector<Progress> progress_;
 };
 
