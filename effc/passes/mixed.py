@@ -86,13 +86,14 @@ class Mixed(WeightPass):
         seen, quants = seen.renamed(came), plan(after, self.asked(), Notes())
         open_ = self._open(after, quants)
         block_of = {name: block for block, names in blocks.items() for name in names}
-        harm: dict[str, list[float]] = {}
+        harm, read_by = dict[str, list[float]](), kinds(after, open_)
         for name, forms in open_.items():
             param, (old, start) = after.params[name], came.get(name, (name, 0))
             cost = known.harm[old]
             if old in block_of:
                 cost = known.of_span(old, block_of[old], range(start, start + param.stack))
-            harm[name] = harms(its_store, param, forms, (known.at[old], cost), seen)
+            fits = "gptq" in self.method and "@embed" not in read_by[name]  # tables are rounded
+            harm[name] = harms(its_store, param, forms, (known.at[old], cost), seen, fits)
         chosen = self._spent(after, quants, open_, harm)
         return ";".join([*filter(None, [self.rules]), *(_rule(name, quant) for name, quant in chosen.items())])
 

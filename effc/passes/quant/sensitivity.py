@@ -19,9 +19,10 @@ import numpy as np
 
 from effc.ir.core import Module, Param
 from effc.ir.types import Quant, Type
+from effc.passes.quant.gptq import gptq
 from effc.passes.quant.scaling import output_error
 from effc.passes.quant.statistics import Statistics, cache_folder, model_hash
-from effc.passes.quantizer import rounded
+from effc.passes.quantizer import rounded, spread
 from effc.passes.weight_rules import coded, recoded
 from effc.weights import Array, Arrays, Lazy, Store
 
@@ -123,20 +124,35 @@ def _alone(module: Module, store: Store, name: str, quant: Quant, reference: Ref
 
 
 def harms(
-    store: Store, param: Param, quants: Sequence[Quant], measured: tuple[Quant, float], seen: Statistics
+    store: Store, param: Param, quants: Sequence[Quant], measured: tuple[Quant, float], seen: Statistics, fits: bool
 ) -> list[float]:
-    """Expected nats a token for each way to code a parameter, from what one way was measured to cost."""
+    """Expected nats a token for each way to code a parameter, from what rounding it one way was measured to cost."""
     layers = np.unique(np.linspace(0, param.count - 1, SAMPLED).astype(int))
     at, harm = measured
     errors = {q: sum(_error(store, param, q, int(i), seen) for i in layers) for q in {at, *quants}}
-    return [harm * errors[quant] / max(errors[at], 1e-30) for quant in quants]
+    gain = _gain(store, param, at, int(layers[-1]), seen) if fits else 1.0
+    return [harm * gain * errors[quant] / max(errors[at], 1e-30) for quant in quants]
+
+
+def _gain(store: Store, param: Param, quant: Quant, layer: int, seen: Statistics) -> float:
+    """What GPTQ leaves of the error of rounding."""
+    if not seen.has(param.name):
+        return 1.0
+    w, square = _upright(store, param, quant, layer), seen.of(param.name, layer).square
+    left = output_error(spread(*gptq(w, square, replace(quant, axis=-2), "mse"), quant.group) - w, square)
+    return min(1.0, left / max(_error(store, param, quant, layer, seen), 1e-30))
+
+
+def _upright(store: Store, param: Param, quant: Quant, layer: int) -> Array:
+    """w[K,N], f32."""
+    w = np.asarray(store[param.name].read(layer)[""], np.float32)
+    return w if quant.axis == -2 else w.T
 
 
 def _error(store: Store, param: Param, quant: Quant, layer: int, seen: Statistics) -> float:
-    w = np.asarray(store[param.name].read(layer)[""], np.float32)
-    w = w if quant.axis == -2 else w.T
+    w = _upright(store, param, quant, layer)
     wrong = rounded(w, replace(quant, axis=-2), "mse") - w
-    if not seen.has(param.name) or len(w) > w.shape[1] * 64:
+    if not seen.has(param.name):
         return float(np.einsum("kn,kn->", wrong, wrong))
     return output_error(wrong, seen.of(param.name, layer).square)
 
