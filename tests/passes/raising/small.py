@@ -130,6 +130,26 @@ def forgetful(p: Any, tokens: jax.Array, h: jax.Array, scores: jax.Array) -> jax
     return earlier(p, tokens, h, scores + fade[..., :, None] - fade[..., None, :])
 
 
+def far_seen(p: Any, tokens: jax.Array, h: jax.Array, scores: jax.Array) -> jax.Array:
+    """The last six are seen, and from anywhere later tokens below 9."""
+    i, j = jnp.arange(tokens.shape[1])[:, None], jnp.arange(tokens.shape[1])[None]
+    seen = ((j > i - 6) | (tokens < 9)[:, None, :]) & (j <= i)
+    return jnp.where(seen[:, None], scores, -1e9)
+
+
+def ahead(p: Any, tokens: jax.Array, h: jax.Array, scores: jax.Array) -> jax.Array:
+    """Not causal: tokens below 9 are seen by all, earlier ones too."""
+    seen = jnp.tril(jnp.ones(scores.shape[-2:], bool)) | (tokens < 9)[:, None, None, :]
+    return jnp.where(seen, scores, -1e9)
+
+
+def before(p: Any, tokens: jax.Array, h: jax.Array, scores: jax.Array) -> jax.Array:
+    """A key is hidden where the token before it is below 9: what is read is beside the key."""
+    marked = (jnp.pad(tokens[:, :-1], ((0, 0), (1, 0))) < 9)[:, None, None, :]
+    own = jnp.eye(tokens.shape[1], dtype=bool)
+    return earlier(p, tokens, h, jnp.where(marked & ~own, -1e9, scores))
+
+
 Hide = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 """A layer's parameters, tokens, states and scores [b,h,t,t] -> scores of what is to be seen."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from effc.errors import EffcError
 from effc.frontend import lower
 from effc.frontend.check import check
 from effc.ir.core import walk
@@ -28,6 +29,7 @@ WAYS = {
     "blinded": Way(hide=small.blinded),
     "packed": Way(hide=small.packed),
     "forgetful": Way(hide=small.forgetful),
+    "far-seen": Way(hide=small.far_seen),
 }
 LEFT = {"lax.dot_general", "lax.rsqrt", "lax.exp", "lax.gather", "lax.scatter", "window"}
 
@@ -55,11 +57,26 @@ def test_raised_rolled_and_equal(way: Way) -> None:
     check(low, source)
 
 
-@pytest.mark.parametrize("name", ["padded", "blinded", "packed", "forgetful"])
+@pytest.mark.parametrize("name", ["blinded", "packed", "forgetful", "far-seen"])
 def test_masks_of_tokens_decode_in_ragged_batches(name: str, tmp_path: Path) -> None:
     case = Case(Model("own", lambda: small.source(WAYS[name]), 2), tmp_path)
     logits(case)
     decoding(case)
+
+
+def test_what_sees_later_tokens_is_refused() -> None:
+    with pytest.raises(EffcError, match="not causal"):
+        lower(small.source(Way(hide=small.ahead)))
+
+
+def test_a_mask_of_shifted_tokens_keeps_a_row_too() -> None:
+    source = small.source(Way(hide=small.before))
+    low = lower(source)
+    (attention,) = (op for op in walk(low.module.funcs["layer"]) if op.kind == "attention")
+    assert attention.attrs["keyed"] == 1
+    (shift,) = (op for op in walk(low.module.forward()) if op.kind == "window")
+    assert shift.attrs["lookback"] == 1
+    check(low, source)
 
 
 def test_each_layer_reads_its_own_learned_bias() -> None:
