@@ -23,6 +23,9 @@ TRIALS = 4.0
 WINDOW = 0.9
 """What the mean gain of a round keeps with each round."""
 
+SURE = 1.05
+"""How much more than plain decoding a draft must promise."""
+
 FIRST_REST, LONGEST_REST = 16, 256
 """Rounds without drafting after drafts did not pay; doubled each time, up to the longest."""
 
@@ -87,5 +90,6 @@ def worth(reach: jax.Array, there: jax.Array, costs: Sequence[float]) -> jax.Arr
     """i32[b]: how many of reach[b,G] to send; there[b] are at hand, sending n costs costs[n] plain tokens."""
     expected = jnp.pad(jnp.cumsum(reach, axis=1), ((0, 0), (1, 0)))
     rate = (1 + expected) / jnp.asarray(costs, jnp.float32)[None, :]
+    rate = rate.at[:, 0].multiply(SURE)
     rate = jnp.where(jnp.arange(len(costs))[None, :] <= there[:, None], rate, 0)
     return jnp.argmax(rate, axis=1).astype(jnp.int32)

@@ -16,7 +16,7 @@ from effc.runtime.sampling import Numbers
 LONGEST = 8
 """Tokens of context compared; longer matches count as this long."""
 
-PRIOR = (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
+PRIOR = (0.0, 0.05, 0.15, 0.25, 0.4, 0.55, 0.65, 0.75, 0.9)
 """How often the token after a match of each length is right, before anything was seen."""
 
 
