@@ -98,7 +98,7 @@ class Step:
             stored = tuple(map(inner, values))
         else:
             kept = self._before.entries[len(self._after)].values
-            stored = tuple(append(old, new, self.lengths) for old, new in zip(kept, values, strict=True))
+            stored = tuple(_grown(old, new, self.lengths) for old, new in zip(kept, values, strict=True))
         self._after.append(Rows(stored, heads))
         return self._after[-1].all()
 
@@ -159,6 +159,11 @@ class Step:
         """The cache after this call."""
         grown = self._count if self._valid is None else self._valid
         return Cache(self.lengths + grown, tuple(self._after))
+
+
+def _grown(old: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
+    """As `append`; what is not by head is no layer that native regions know."""
+    return append(old, new, lengths) if new.ndim == 4 else write(old, new, lengths)
 
 
 @recorded
