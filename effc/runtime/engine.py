@@ -18,8 +18,8 @@ from effc.errors import EffcError
 from effc.runtime.cache import Cache, cache_shapes, empty_cache
 from effc.runtime.drafters import speculation_of
 from effc.runtime.drafting import Choice
-from effc.runtime.leaving import exits_of
 from effc.runtime.kernels.region.native import packed, regions
+from effc.runtime.leaving import exits_of
 from effc.runtime.program import Program
 from effc.runtime.sampling import Numbers, Sampling, choose, row_keys
 from effc.runtime.speculate import rolled_back

@@ -19,7 +19,7 @@ add sub mul div rem max min pow atan2 nextafter eq ne lt le gt ge neg sign floor
 log log1p tanh logistic sin cos tan asin acos atan sinh cosh asinh acosh atanh sqrt rsqrt cbrt erf erfc
 erf_inv is_finite square clamp population_count shift_left shift_right_logical shift_right_arithmetic
 real imag conj lgamma digamma clz
-""".split()
+""".split()  # noqa: SIM905
 
 _BITWISE = {"and": lax.bitwise_and, "or": lax.bitwise_or, "xor": lax.bitwise_xor, "not": lax.bitwise_not}
 
@@ -236,9 +236,7 @@ def dot_general(
 
 def ragged_dot(x: Array, y: Array, group_sizes: Array, *, dtype: str | None = None) -> Array:
     """x[m,k] @ y[g,k,n], rows of x in groups of `group_sizes`."""
-    return lax.ragged_dot(
-        x, y, group_sizes, preferred_element_type=None if dtype is None else dtype_of(dtype)
-    )
+    return lax.ragged_dot(x, y, group_sizes, preferred_element_type=None if dtype is None else dtype_of(dtype))
 
 
 def gather(

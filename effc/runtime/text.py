@@ -39,9 +39,7 @@ class Watch:
         """How many of `count` tokens seen end before anything that may become a stop string."""
         if not self._stop:
             return count
-        tails = (
-            len(stop[:n]) for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n])
-        )
+        tails = (len(stop[:n]) for stop in self._stop for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
         limit = len(self.text) - max(tails, default=0)
         return sum(1 for end in self._ends[:count] if end <= limit)
 
@@ -50,7 +48,8 @@ class Watch:
         assert self._decode is not None
         first = max(0, len(tokens) - 1 - _BACK)
         known, whole = self._decode(tokens[first:-1]), self._decode(tokens[first:])
-        same = len(os.path.commonprefix([known, whole]))  # begins with a broken character where the cut is in one
+        # Begins with a broken character where the cut is in one.
+        same = len(os.path.commonprefix([known, whole]))  # noqa: RUF071, of characters is what is wanted
         self.text = self.text[: len(self.text) - len(known) + same] + whole[same:]
         self._ends.append(len(self.text))
 

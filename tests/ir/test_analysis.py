@@ -50,9 +50,7 @@ def test_a_parameter_that_nothing_reads():
 
 def test_ops_and_runs():
     kinds = an.ops_by_kind(tiny())
-    assert kinds["forward"] == Counter(
-        ["embed", "positions", "rope_table", "repeat", "norm", "linear", "softcap"]
-    )
+    assert kinds["forward"] == Counter(["embed", "positions", "rope_table", "repeat", "norm", "linear", "softcap"])
     assert kinds["layer"]["lax.mul"] == 1  # inside the region
     assert an.runs(tiny()) == Counter(layer=3, forward=1)
     assert an.runs(tiny(), "layer") == Counter(layer=1)

@@ -71,12 +71,8 @@ def test_a_diff_reads_like_the_change():
 def test_functions_that_come_and_go():
     gone = "effc 1 module @m { }"
     there = "effc 1 module @m { func @f(%x: f32[2]) { %y: f32[2] = silu(%x) return %y } }"
-    assert diff(parse(gone), parse(there)) == (
-        "+ func @f(%x: f32[2]):\n  + %y: f32[2] = silu(%x)\n  + return %y\n"
-    )
-    assert diff(parse(there), parse(gone)) == (
-        "- func @f(%x: f32[2]):\n  - %y: f32[2] = silu(%x)\n  - return %y\n"
-    )
+    assert diff(parse(gone), parse(there)) == ("+ func @f(%x: f32[2]):\n  + %y: f32[2] = silu(%x)\n  + return %y\n")
+    assert diff(parse(there), parse(gone)) == ("- func @f(%x: f32[2]):\n  - %y: f32[2] = silu(%x)\n  - return %y\n")
 
 
 def test_a_changed_signature_is_shown():
@@ -109,9 +105,7 @@ def test_an_op_with_another_region():
 
 def test_renaming_and_moving_touch_nothing():
     assert changes(("%qkv", "%joined")) == {"layer": Delta(rewired=Counter(split=1))}
-    assert changes(("lax.add(%x1, %d)", "lax.add(%d, %x1)")) == {
-        "layer": Delta(rewired=Counter({"lax.add": 1}))
-    }
+    assert changes(("lax.add(%x1, %d)", "lax.add(%d, %x1)")) == {"layer": Delta(rewired=Counter({"lax.add": 1}))}
     first, second = "    %k1: f32[b,t,2,16] = lax.reshape(%k0) {new_sizes=(b,t,2,16)}\n", "    %x1"
     assert changes((first, ""), (second, first + second)) != {}  # %k1 is read before: not legal, but counted
     assert touched(parse(TINY), edited((first, ""), ("    %v1:", first + "    %v1:"))) == frozenset()

@@ -54,9 +54,7 @@ reserved = st.sampled_from(
 names = words | reserved | st.text(max_size=5) | st.from_regex(r"[0-9][0-9.\-]{0,3}", fullmatch=True)
 identifiers = st.sampled_from(["b", "t", "s", "batch", "inf", "nan", "n_1", "e5"])
 fractions = st.fractions(-9, 9, max_denominator=6)
-monomials = st.dictionaries(identifiers, st.integers(1, 3), max_size=2).map(
-    lambda d: tuple(sorted(d.items()))
-)
+monomials = st.dictionaries(identifiers, st.integers(1, 3), max_size=2).map(lambda d: tuple(sorted(d.items())))
 sizes = st.integers(-3, 10**12) | st.dictionaries(monomials, fractions, max_size=3).map(polynomial)
 quants = st.builds(
     Quant,
@@ -170,9 +168,7 @@ BREAKS: dict[str, Callable[[Op], list[Op]]] = {
     "unknown parameter": lambda op: [replace(op, params={**op.params, "w": "nowhere"})],
     "wrong size": lambda op: [replace(op, outputs=tuple(Value(v.name, _wider(v.type)) for v in op.outputs))],
     "no outputs": lambda op: [replace(op, outputs=())],
-    "renamed output": lambda op: [
-        replace(op, outputs=(replace(op.outputs[0], name="other"), *op.outputs[1:]))
-    ],
+    "renamed output": lambda op: [replace(op, outputs=(replace(op.outputs[0], name="other"), *op.outputs[1:]))],
 }
 
 

@@ -179,9 +179,7 @@ def test_unroll_gives_each_layer_its_parameters():
 
 def test_unroll_reaches_regions_and_leaves_the_rest():
     module = parse(
-        TINY.replace("f32[4]\n", 'f32[4]\n  param @bias: 3 * f32[4] = "b_*"\n').replace(
-            "value=@slopes", "value=@bias"
-        )
+        TINY.replace("f32[4]\n", 'f32[4]\n  param @bias: 3 * f32[4] = "b_*"\n').replace("value=@slopes", "value=@bias")
     )
     made = unroll(module, "forward")
     assert verify(made) == []

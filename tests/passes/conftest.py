@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from effc.ir.core import Module
-from effc.ir.stream import run
 from effc.ir.parser import parse
+from effc.ir.stream import run
 from effc.passes import runner
 from effc.pipeline import Pipeline
 from effc.weights import Lazy, Store, parts

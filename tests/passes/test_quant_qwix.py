@@ -50,11 +50,8 @@ def test_rounding_is_the_same(bits: int, group: int, matrix: np.ndarray) -> None
     codes, scales, _ = code(matrix, Quant(bits, group), "absmax")
     np.testing.assert_allclose(scales[:, 0], np.asarray(theirs.scale).reshape(len(scales), N), rtol=1e-6)
     # Values half way between two codes (each group's extreme is) may go either way: the error is the same.
-    off = [
-        np.abs(back - matrix)
-        for back in (np.asarray(qwix.dequantize(theirs)), spread(codes, scales, 0 * scales, group))
-    ]
-    np.testing.assert_allclose(*off, atol=2e-6)
+    off = np.abs(np.asarray(qwix.dequantize(theirs)) - matrix)
+    np.testing.assert_allclose(np.abs(spread(codes, scales, 0 * scales, group) - matrix), off, atol=2e-6)
     assert np.sum(np.asarray(theirs.qvalue, np.int8) != codes) <= scales.size
 
 

@@ -163,6 +163,7 @@ def _diagonal(x_ref, t_ref, w_ref, s_ref, o_ref, *, group: int, rows: int, layou
         p = _joined(_dot(x_ref[:, span], w_ref[span, :], layout), many * rows, group)
         part = _scaled_blocks(p, s_ref[d * many : (d + 1) * many, :], rows)
         total = part if total is None else total + part
+    assert total is not None
     total = jnp.sum(total, axis=0, keepdims=True) if rows == 1 else total
     o_ref[...] = total * t_ref[...]
 
