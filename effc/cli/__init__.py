@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"effc: {error.filename}: {error.strerror}", file=sys.stderr)
     except KeyboardInterrupt as told:  # training says what it kept
-        print(f"effc: interrupted; {told or 'nothing half-written is left'}", file=sys.stderr)
+        print(f"effc: interrupted; {str(told) or 'nothing half-written is left'}", file=sys.stderr)
         return INTERRUPTED
     return 1
 

@@ -112,7 +112,8 @@ def test_other_entry_functions_are_programs_too(emitted: Callable[[str], Any]) -
     draft = made.engine.program.entries["draft"]
     logits, features, cache = draft(made.engine.params, jnp.asarray(TOKENS))
     assert logits.shape == (2, 9, 12) and features.shape == (2, 9, 8) and len(cache.entries) == 1
-    first = load_program(emit(parse(MODULE.replace("{ forward=@forward, drafter=@draft }", "{ forward=@draft }"))))
+    speculative = "decode speculative { forward=@forward, kind=model, drafter=@draft, gamma=2 }"
+    first = load_program(emit(parse(MODULE.replace(speculative, "decode greedy { forward=@draft }"))))
     np.testing.assert_allclose(np.asarray(first.extend(made.engine.params, jnp.asarray(TOKENS))[0]), logits, atol=1e-6)
 
 

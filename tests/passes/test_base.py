@@ -26,15 +26,30 @@ def test_every_option_is_spelled_back_and_has_a_meaning(cls: type[Pass]) -> None
         assert str(Pipeline.parse(spelled)) == spelled
 
 
+ONCE = {"mor", "calm", "draft"}
+"""What they make they do not take."""
+
+TWO_LAYERS = {"mor": {"share": "cycle"}}
+"""Options without which a pass has nothing to do in a module of two layers."""
+
+
+def made(cls: type[Pass]) -> Pass:
+    return cls.build(TWO_LAYERS.get(cls.name, {}))
+
+
 @pytest.mark.parametrize("cls", PASSES.values(), ids=str)
 def test_running_twice_changes_nothing_more(cls: type[Pass], tiny: Module) -> None:
-    once = runner.step(cls(), tiny).after
-    assert runner.step(cls(), once).after == once
+    once = runner.step(made(cls), tiny).after
+    if cls.name in ONCE:
+        with pytest.raises(PassError, match=f"^{cls.name}: "):
+            runner.step(made(cls), once)
+        return
+    assert runner.step(made(cls), once).after == once
 
 
 @pytest.mark.parametrize("cls", PASSES.values(), ids=str)
 def test_golden(cls: type[Pass], tiny: Module, golden) -> None:
-    step = runner.step(cls(), tiny)
+    step = runner.step(made(cls), tiny)
     said = [f"# {line}" for line in step.notes.choices]
     said += [f"# {what} left alone: {why}" for what, why in step.notes.skips]
     golden("\n".join([*said, dump(step.after)]))
