@@ -10,6 +10,8 @@ CANDIDATES := python3 python3.13 python3.12 python3.11 python
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 
 BIN := $(VENV)/bin
+# Two tests at a time: each takes a GB or two.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test check format conformance bench sanitize clean
@@ -19,24 +21,25 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1|\2/p' Makefile | column -t -s '|' -l 2 2>/dev/null \
 	  || sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1: \2/p' Makefile
 
-demo: $(VENV)/effc.stamp  ## optimize the bundled checkpoint to 4 bits; ends in the before/after table
-	$(BIN)/effc optimize $(CHECKPOINT) --passes quant4 --eval examples/stdlib12/heldout.txt -o demo-out --force
+demo: $(VENV)/effc.stamp  ## quant4,calm,mor on the bundled checkpoint, healed for a few minutes; ends in the before/after table
+	$(BIN)/effc optimize $(CHECKPOINT) --passes quant4,calm,mor --heal 3m --calib examples/stdlib12/calib.txt \
+	  --eval examples/stdlib12/heldout.txt -o demo-out --force
 
 test: $(VENV)/dev.stamp  ## run the tests (TESTS=tests/cli for some of them)
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 
 check: $(VENV)/dev.stamp  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 
 format: $(VENV)/dev.stamp  ## format the code, mend what the linter can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 conformance: $(VENV)/dev.stamp  ## the slow tests too: minutes; those against transformers where it is installed
-	$(BIN)/python -m pytest $(TESTS) -m "slow or not slow"
+	$(PYTEST) $(TESTS) -m "slow or not slow"
 
 bench: $(VENV)/dev.stamp  ## speed against a hand-written JAX loop over the same weights
 	$(BIN)/effc optimize $(CHECKPOINT) --no-speed --force -o bench-out
@@ -56,7 +59,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/effc.stamp: pyproject.toml | $(VENV)/bin/python
-	$(PIP) --editable .
+	$(PIP) --editable '.[train]'
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
