@@ -17,8 +17,8 @@ FLOORS: dict[str, int] = {
     "weights": 2, "timing": 2,
     "passes": 3, "frontend": 3, "backend": 3, "report": 3, "artifact": 3, "evaluate": 3, "certificate": 3,
     "divergence": 3,
-    "pipeline": 4, "opened": 4, "plan": 4, "predict": 4, "speed": 4, "comparing": 4, "edited": 4, "clock": 4, "listing": 4,
-    "summary": 4, "state": 4,
+    "pipeline": 4, "opened": 4, "plan": 4, "predict": 4, "speed": 4, "comparing": 4, "edited": 4, "clock": 4,
+    "listing": 4, "summary": 4, "state": 4,
     "healing": 5, "bisect": 5, "running": 5, "driver": 5, "distilling": 5, "measure": 5, "generator": 5, "doctor": 5,
     "api": 6, "cli": 7,
 }  # fmt: skip
