@@ -14,6 +14,8 @@ from effc.ir.types import Type
 def early_faults(module: Module, op: Op, inputs: list[Type]) -> Iterator[str]:
     """`early` against the blocks it runs: x and the rest to x, x to x at an exit, x to logits."""
     yield from _numbers(op)
+    if not inputs:
+        return  # said by the op's row
     roles = {role: op.attrs.get(role) for role in ("block", "keys", "exit", "head")}
     found = {role: module.funcs.get(r.name) for role, r in roles.items() if isinstance(r, Ref)}
     state = inputs[:1]
