@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -100,6 +101,20 @@ def test_threads_do_not_change_results() -> None:
     for _ in range(20):
         again, _ = engine.extend(tokens, engine.empty(1, 8))
         np.testing.assert_array_equal(first, again)
+
+
+def test_many_programs_at_once_all_end() -> None:
+    """More callers than processors, each with the whole pool's help: nobody waits for a thread that never comes."""
+    engine = Engine(Program(extend, {}, 64), params())
+    tokens, cache = jnp.asarray([[3, 1, 4, 1, 5]], jnp.int32), engine.empty(1, 8)
+    run = jax.jit(native.regions(extend))
+    want, _ = run(engine.params, tokens, cache)
+
+    def call(_: int) -> bool:
+        return all(np.array_equal(run(engine.params, tokens, cache)[0], want) for _ in range(10))
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(call, range(6), timeout=120))
 
 
 def test_portable_programs_have_none() -> None:

@@ -2,14 +2,16 @@
 //
 // Each stage has tasks that threads take one after another; a stage begins when all tasks of the one
 // before are done. A thread of the pool that comes late joins where the work is, one that never comes is
-// not waited for: whoever calls can finish alone.
+// not waited for: whoever calls can finish alone. So nobody waits but for a task that a thread is running:
+// for a short while by turning, then asleep, since on a busy machine that thread may want this processor.
 
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <memory>
-#include <thread>
+#include <mutex>
 #include <vector>
 
 #include "attention.h"
@@ -19,7 +21,7 @@
 namespace effc {
 
 constexpr int64_t kFew = 16;  // rows that are not worth cutting finely
-constexpr int kPatience = 1 << 14;  // turns before a waiting thread offers its processor
+constexpr int kPatience = 1 << 14;  // turns before a waiting thread sleeps: some tenths of a millisecond
 
 inline void Pause() {
 #ifdef EFFC_X86
@@ -56,16 +58,28 @@ class Work {
           break;
         }
         RunTask(*stages_[i], task);
-        progress.done.fetch_add(1, std::memory_order_release);
+        Done(progress, count);
       }
     }
   }
 
  private:
-  static void Wait(const Progress& progress, int64_t count) {
-    for (int turn = 0; progress.done.load(std::memory_order_acquire) < count; ++turn) {
-      turn < kPatience ? Pause() : std::this_thread::yield();
+  void Wait(const Progress& progress, int64_t count) {
+    for (int turn = 0; turn < kPatience; ++turn) {
+      if (progress.done.load(std::memory_order_acquire) >= count) return;
+      Pause();
     }
+    std::unique_lock<std::mutex> lock(lock_);
+    sleepers_.fetch_add(1);
+    wake_.wait(lock, [&] { return progress.done.load() >= count; });
+    sleepers_.fetch_sub(1);
+  }
+
+  // Either a sleeper sees the count, or this sees the sleeper: both orders are sequentially consistent.
+  void Done(Progress& progress, int64_t count) {
+    if (progress.done.fetch_add(1) + 1 < count || !sleepers_.load()) return;
+    const std::lock_guard<std::mutex> lock(lock_);
+    wake_.notify_all();
   }
 
   static const Op* First(const Stage& stage) { return reinterpret_cast<const Op*>(&stage + 1); }
@@ -121,6 +135,9 @@ class Work {
   std::vector<const Stage*> stages_;
   std::vector<int64_t> counts_;
   std::vector<Progress> progress_;
+  std::mutex lock_;
+  std::condition_variable wake_;
+  std::atomic<int64_t> sleepers_{0};
 };
 
 }  // namespace effc
