@@ -7,7 +7,10 @@ Softmax, norms and sums of products are f32; results have the dtype of the first
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,8 +23,20 @@ from effc.runtime.packed import Packed
 from effc.runtime.qarray import QArray
 
 Weight = jax.Array | QArray | Packed
+
+_LEARNING: ContextVar[bool] = ContextVar("learning", default=False)
 BiasFn = Callable[..., jax.Array]
 """(query position, key position, head: i32[], the key's rows, the query's) -> f32[] added to that score."""
+
+
+@contextmanager
+def learning() -> Iterator[None]:
+    """What is traced inside will be differentiated."""
+    token = _LEARNING.set(True)
+    try:
+        yield
+    finally:
+        _LEARNING.reset(token)
 
 
 @recorded
@@ -59,11 +74,34 @@ def linear(
 def _matmul(x: jax.Array, w: jax.Array, layout: str) -> jax.Array:
     """f32 [...,N]. A few rows against [N,K] are faster with the weights as the left operand."""
     rows = x.size // x.shape[-1] if x.size else 0
+    if _LEARNING.get():
+        return _product(x, w, 0 if layout == "kn" else 1)
     if layout == "kn":
         return _dot(x, w, x.ndim - 1, 0)
     if 1 < rows <= 16:
         return jnp.moveaxis(_dot(w, x, 1, x.ndim - 1), 0, -1)
     return _dot(x, w, x.ndim - 1, 1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
+    """f32 x[...,K] times w over that axis of w. JAX's own gradient of w comes out transposed: twice the time."""
+    return _dot(x, w, x.ndim - 1, axis)
+
+
+def _product_ahead(x: jax.Array, w: jax.Array, axis: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, w, axis), (x, w)
+
+
+def _product_back(axis: int, kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = kept
+    g, rows = g.astype(x.dtype), tuple(range(x.ndim - 1))
+    pair = (x, g) if axis == 0 else (g, x)
+    back = lax.dot_general(*pair, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    return _dot(g, w, x.ndim - 1, 1 - axis).astype(x.dtype), back.astype(w.dtype)
+
+
+_product.defvjp(_product_ahead, _product_back)
 
 
 def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int, batch: int = 0) -> jax.Array:
@@ -116,12 +154,13 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array, *, style: str = "half") -
 @recorded
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, bias_fn: BiasFn | None = None,
-    keyed: Sequence[jax.Array] = (), asked: Sequence[jax.Array] = (), *,
+    keyed: Sequence[jax.Array] = (), asked: Sequence[jax.Array] = (), sinks: jax.Array | None = None, *,
     scale: float = 1.0, window: int = 0, softcap: float = 0.0,
 ) -> jax.Array:  # fmt: skip
     """q[b,t,h,d] k[b,S,g,d] v[b,S,g,e] -> [b,t,h,e]; key j is attended by i iff j <= positions[b,i].
 
     Key j sits at position j; window n leaves the last n; bias_fn sees rows of keyed[b,S,...] and asked[b,t,...].
+    sinks[h] take part in the softmax as one score more, of no key.
     A query from which the bias hides every key takes the mean of the values so far. Keys past a
     query's position are unfilled cache rows: whatever is in k there has no effect, what is in v must be
     finite (it is multiplied by exactly 0; caches start as zeros).
@@ -138,7 +177,12 @@ def attention(
         if keyed or asked:  # several masks on one score must not add up to nothing at all
             scores = jnp.maximum(scores, jnp.finfo(jnp.float32).min)
     scores = jnp.where(visible(positions, S, window)[:, None, :, None, :], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(b * g, t * r, S)
+    if sinks is not None:
+        beside = jnp.broadcast_to(sinks.astype(scores.dtype).reshape(1, g, 1, r, 1), (b, g, t, r, 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, beside], -1), axis=-1)[..., :-1]
+    else:
+        weights = jax.nn.softmax(scores, axis=-1)
+    weights = weights.astype(q.dtype).reshape(b * g, t * r, S)
     out = _dot(weights, _by_head(v).astype(q.dtype), 2, 1, batch=1).astype(q.dtype)
     return out.reshape(b, g, t, r, -1).transpose(0, 2, 1, 3, 4).reshape(b, t, h, -1)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effc.runtime.layers import learning
 from effc.runtime.train import needs
 from effc.runtime.train.plan import COUNT, Batch, Loss, Metrics, Plan, Tick, Tree
 from effc.runtime.train.tree import put
@@ -36,7 +37,8 @@ def compiled(loss: Loss, make: Any, mask: Tree, plan: Plan) -> Step:
 
     def call(state: State, rest: Tree, batch: Batch, tick: Tick, lr: jax.Array) -> tuple[State, jax.Array, Metrics]:
         weights = state["weights"]
-        told, metrics, grads = _gradients(loss, weights, rest, mask, batch, tick, plan.accumulate)
+        with learning():
+            told, metrics, grads = _gradients(loss, weights, rest, mask, batch, tick, plan.accumulate)
         updates, inner = make.update(grads, state["optimizer"], weights)
         moved = jax.tree.map(lambda w, u: (w - lr * u).astype(w.dtype), weights, updates)
         return {"weights": moved, "optimizer": inner}, told, metrics
