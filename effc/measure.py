@@ -24,7 +24,7 @@ from effc.opened import Opened
 from effc.plan import token_bytes
 from effc.runtime.cache import Cache
 from effc.runtime.engine import Engine
-from effc.runtime.generate import Result, generate
+from effc.runtime.generate import Drafted, Result, generate
 from effc.runtime.kernels.region.bandwidth import bandwidth
 from effc.runtime.kernels.region.native import regions
 from effc.weights import nbytes
@@ -112,6 +112,8 @@ class Timings:
     token_bytes: int
     pp: list[float] = field(default_factory=list[float])
     tg: list[float] = field(default_factory=list[float])
+    draft: Drafted | None = None
+    """What drafts came to in the last run, where the model has a drafter."""
 
     @property
     def bandwidth(self) -> float:
@@ -121,6 +123,7 @@ class Timings:
     def json(self) -> dict[str, Any]:
         """Means, spreads (standard deviations), and every run."""
         return asdict(self) | {
+            "draft": self.draft.json() if self.draft else None,
             "pp_mean": statistics.mean(self.pp),
             "pp_spread": statistics.pstdev(self.pp),
             "tg_mean": statistics.mean(self.tg),
@@ -176,6 +179,7 @@ class Benchmark:
         for model, curve in zip(self.models, self.curves):
             times = ", ".join(f"{k}: {ratio:.2f}" for k, ratio in curve.items())
             caption += f"\n{model.name}: time of k tokens over that of one, {times}"
+            caption += f"\n{model.name}: {model.draft}" if model.draft else ""
         table = Table(caption=caption, caption_justify="left")
         table.add_column("model")
         for title in (f"pp{self.prompt}", f"tg{self.new}", "weights MB", "MB a token", "GB/s", "of limit"):
@@ -207,7 +211,7 @@ def benchmark(
     with Progress(console=console, transient=True, disable=console is None) as bar:
         for number in bar.track(range(runs + 1), description="bench"):
             for model, engine, timing in zip(models, engines, timings):
-                pp, tg = _run(engine, vocab_of(model.module), prompt, new, batch)
+                pp, tg, timing.draft = _run(engine, vocab_of(model.module), prompt, new, batch)
                 stream.append(bandwidth(timing.token_bytes))
                 if number:
                     timing.pp.append(pp)
@@ -262,10 +266,10 @@ def _sizes(models: Sequence[Opened], prompt: int | None, new: int | None) -> tup
     return prompt, new
 
 
-def _run(engine: Engine, vocab: int, prompt: int, new: int, batch: int) -> tuple[float, float]:
+def _run(engine: Engine, vocab: int, prompt: int, new: int, batch: int) -> tuple[float, float, Drafted | None]:
     tokens = np.random.default_rng(0).integers(0, vocab, (batch, prompt)).tolist()
     result: Result = generate(engine, tokens, max_new_tokens=new, stop_ids=())
-    return result.stats.prefill_rate, result.stats.decode_rate
+    return result.stats.prefill_rate, result.stats.decode_rate, result.stats.draft
 
 
 def _ratio(one: Sequence[float], two: Sequence[float]) -> float:

@@ -38,7 +38,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     exits = parser.add_mutually_exclusive_group()
     exits.add_argument("--full", action="store_true", help="run all layers, whatever exits are certified")
     exits.add_argument("--threshold", type=float, metavar="X", help="leave at confidence X, 0 to 1: no guarantee")
-    parser.add_argument("--stats", action="store_true", help="tokens/s on stderr at the end")
+    parser.add_argument("--stats", action="store_true", help="tokens/s on stderr at the end, and what drafts came to")
     _sampling_options(parser)
     model_options(parser)
     json_option(parser)
@@ -111,28 +111,16 @@ def data(texts: list[str], result: Result) -> dict[str, Any]:
         "prefill_tokens_per_second": result.stats.prefill_rate,
         "tokens_per_second": result.stats.decode_rate,
     }
-    return {"outputs": outputs, "stats": asdict(result.stats) | rates | {"draft": drafting(result)}}
-
-
-def drafting(result: Result) -> dict[str, Any] | None:
-    """Counts and shares of a drafter."""
-    d = result.stats.draft
-    if d is None:
-        return None
-    shares = {
-        "acceptance": d.acceptance,
-        "tokens_per_call": d.tokens_per_call,
-        "acceptance_by_position": list(d.by_position),
-        "rounds": {str(width): count for width, count in d.rounds.items()},
-    }
-    return asdict(d) | shares
+    draft = result.stats.draft.json() if result.stats.draft else None
+    return {"outputs": outputs, "stats": asdict(result.stats) | rates | {"draft": draft}}
 
 
 def stats(result: Result) -> str:
-    """One line."""
+    """A line, and one more of drafts."""
     s = result.stats
     left = f"; {s.exits.average:.2f} layers a token, by layers {dict(s.exits.by_layers)}" if s.exits else ""
     return (
         f"prompt {s.prompt_tokens} tokens, {s.prefill_rate:.1f} tokens/s; "
         f"new {s.new_tokens} tokens, {s.decode_rate:.1f} tokens/s; compiled in {s.compile_seconds:.1f} s{left}"
+        + (f"\n{s.draft}" if s.draft else "")
     )

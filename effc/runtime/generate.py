@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,25 @@ class Drafted:
     def by_position(self) -> tuple[float, ...]:
         """Share accepted of those drafted, for the first, second ... of a draft."""
         return tuple(a / d if d else 0.0 for a, d in zip(self.accepted_at, self.drafted_at, strict=True))
+
+    def json(self) -> dict[str, Any]:
+        """Counts, and the shares made of them."""
+        shares = {
+            "acceptance": self.acceptance,
+            "tokens_per_call": self.tokens_per_call,
+            "acceptance_by_position": list(self.by_position),
+            "rounds": {str(width): count for width, count in self.rounds.items()},
+        }
+        return asdict(self) | shares
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{share:.2f}" for share, n in zip(self.by_position, self.drafted_at) if n)
+        return (
+            f"drafted {self.drafted}, accepted {self.accepted}"
+            + (f" (by position {shares})" if shares else "")
+            + f"; {self.tokens_per_call:.2f} tokens a target call; "
+            f"drafting {self.draft_seconds:.2f} s, verifying {self.verify_seconds:.2f} s"
+        )
 
 
 def counted(tally: Tally, widths: Widths, seconds: float) -> Drafted:
