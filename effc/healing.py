@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from effc.errors import EffcError
 from effc.ir.core import Module
-from effc.passes.base import Notes, Pass, PassError
+from effc.passes.base import Notes, Pass, PassError, Phase
 from effc.passes.context import Context
 from effc.passes.runner import check_module, check_writes
 from effc.pipeline import Pipeline
@@ -39,10 +39,9 @@ def budgets(passes: Sequence[Pass], asked: Budget | None) -> dict[str, Budget]:
 
 
 def heal(
-    module: Module, store: Store, passes: Sequence[Pass], context: Context, asked: Budget | None, keep: Keep
+    module: Module, store: Store, passes: Sequence[Pass], context: Context, allowed: Mapping[str, Budget], keep: Keep
 ) -> Store:
     """The store after every pass that trains has had its budget; none is spent where it is 0."""
-    allowed = budgets(passes, asked)
     for made_by in training(passes):
         if allowed[made_by.name]:
             mine = replace(context, name=made_by.name, budget=allowed[made_by.name])
@@ -74,8 +73,12 @@ def trained(context: Context, made_by: Pass) -> list[dict[str, Any]]:
 def notes(pipeline: Pipeline, asked: Budget | None) -> list[str]:
     """What trains and what calibrates, and when: it is not what the order on the command line says."""
     ordered = pipeline.ordered()
-    healed = [f"{name} {budget}" for name, budget in budgets(ordered, asked).items() if budget]
+    allowed = {name: budget for name, budget in budgets(ordered, asked).items() if budget}
+    later = [one.name for one in ordered if one.phase > Phase.HEAL]
+    healed = [f"{name} {budget}" for name, budget in allowed.items() if name not in later]
+    coded = [f"{name} {budget}" for name, budget in allowed.items() if name in later]
     out = [f"heal: trained after all changes of structure, before quantization: {', '.join(healed)}"] if healed else []
+    out += [f"trained as codes and scales: {', '.join(coded)}"] if coded else []
     measured = [one.name for one in calibrating(ordered)]
     return (
         [*out, f"calibrate: measured last, on the weights as they are served: {', '.join(measured)}"]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import combinations
 
 from lark import Lark, Transformer
 from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedToken
@@ -20,9 +21,7 @@ from effc.passes.mor import Mor
 _TWICE = "both code the same weights; keep one, e.g. quant4{rules=*.down:8} or mixed{bits=5} for a mix of widths"
 
 CONFLICTS: Mapping[frozenset[str], str] = {
-    frozenset({"quant4", "quant8"}): _TWICE,
-    frozenset({"quant4", "mixed"}): _TWICE,
-    frozenset({"quant8", "mixed"}): _TWICE,
+    **{frozenset(pair): _TWICE for pair in combinations(("quant4", "quant8", "mixed", "qat"), 2)},
     frozenset({"calm", "draft"}): "both say how tokens are decoded; keep one: draft alone gives the model's own text, "
     "calm alone text within a bound of it",
 }

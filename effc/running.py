@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,12 +33,12 @@ def run_passes(
     ordered = pipeline.ordered()
     first = [made_by for made_by in ordered if made_by.phase <= Phase.HEAL]
     with clock.step("passes"):
-        run = _Run(start, context, spool, watch)
+        run = _Run(start, context, spool, watch, healing.budgets(ordered, asked))
         for made_by in first:
             run.step(made_by)
-    if healing.training(ordered):
+    if healing.training(first):
         with clock.timed("heal"):
-            run.heal(asked)
+            run.heal()
     with clock.step("passes"):
         for made_by in ordered[len(first) :]:
             run.step(made_by)
@@ -50,8 +51,8 @@ def run_passes(
 class _Run:
     """The state as passes run, and what is to be said of each."""
 
-    def __init__(self, start: State, context: Context, spool: Path, watch: Watch):
-        self.state, self.context, self.spool, self.watch = start, context, spool, watch
+    def __init__(self, start: State, context: Context, spool: Path, watch: Watch, budgets: Mapping[str, Budget]):
+        self.state, self.context, self.spool, self.watch, self.budgets = start, context, spool, watch, budgets
         self.reports: dict[str, PassReport] = {}
         self.ran: list[Pass] = []
         watch("input", start.module)
@@ -59,18 +60,19 @@ class _Run:
         self.probe.see("input", start)
 
     def step(self, made_by: Pass) -> None:
-        context = replace(self.context, name=made_by.name)
+        context = replace(self.context, name=made_by.name, budget=self.budgets.get(made_by.name, Budget()))
         made_by = made_by.decided(self.state.module, self.state.store, context)
         self.ran.append(made_by)
         step = runner.step(made_by, self.state.module)
         self.watch(made_by.name, step.after)
         self.state = _with_arrays(step, self.state, self.spool / made_by.name, context)
         gap = None if step.after == step.before else self.probe.hold(made_by, self.state)
-        self.reports[made_by.name] = _reported(step, gap)
+        runs = healing.trained(self.context, made_by)
+        self.reports[made_by.name] = replace(_reported(step, gap), trained=runs)
 
-    def heal(self, asked: Budget | None) -> None:
+    def heal(self) -> None:
         before = self.state.store
-        if healing.heal(self.state.module, before, self.ran, self.context, asked, self._trained) is not before:
+        if healing.heal(self.state.module, before, self.ran, self.context, self.budgets, self._trained) is not before:
             self.watch("heal", self.state.module)
 
     def _trained(self, made_by: Pass, store: Store) -> Store:

@@ -16,6 +16,7 @@ import numpy as np
 from effc.errors import EffcError, nearest
 from effc.ir.core import Module, Param
 from effc.ir.types import NUMPY, Quant, Type, evaluate
+from effc.runtime.forms import row_bytes
 
 Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
@@ -29,7 +30,7 @@ SHARD_BYTES = 5 * 10**9
 
 _TAGS = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _TAG_OF = {np.dtype(name): tag for tag, name in _TAGS.items()}
@@ -97,9 +98,8 @@ def scale_shape(quant: Quant, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _codes(quant: Quant, shape: tuple[int, ...]) -> Part:
-    if quant.bits > 4:
-        return Part(np.dtype(np.int8), shape)
-    return Part(np.dtype(np.uint8), (*shape[:-1], -(-shape[-1] // 2)))
+    stored = np.uint8 if quant.bits < 8 else np.int8
+    return Part(np.dtype(stored), (*shape[:-1], row_bytes(shape[-1], quant.bits)))
 
 
 def tensor_name(param: str, part: str) -> str:

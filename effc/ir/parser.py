@@ -15,6 +15,7 @@ from effc.errors import EffcError, nearest
 from effc.ir.core import NAN, Attr, Decode, Func, Loc, Module, Op, Param, Ref, Value
 from effc.ir.printer import VERSION
 from effc.ir.types import Monomial, Quant, Size, Type, polynomial
+from effc.runtime.widths import BITS
 
 if TYPE_CHECKING:
     from lark import Lark, Token
@@ -340,15 +341,16 @@ def _inside(token: Token, read: Callable[[str], T]) -> T:
 
 def _quant(dtype: Token, fields: list[list[Token]]) -> Quant:
     """`q4{group=64,sym,scale=f16,axis=-1}`; group stands for `channel` too."""
-    if not re.fullmatch(r"q[0-9]+", dtype):
-        raise _Fault(dtype.start_pos or 0, f"dtype {dtype} has no settings, want q2 .. q8")
+    if not re.fullmatch(r"q[0-9]+", dtype) and str(dtype) not in BITS:
+        raise _Fault(dtype.start_pos or 0, f"dtype {dtype} has no settings, want q2 .. q8, {', '.join(BITS)}")
     given: dict[str, Any] = {}
     for name, value in fields:
         field, made = _quant_field(name, value)
         if field in given:
             raise _Fault(name.start_pos or 0, f"{str(name)!r} says {field} again, want it once")
         given[field] = made
-    return Quant(int(dtype[1:]), **given)
+    form = str(dtype) if dtype in BITS else "int"
+    return Quant(BITS.get(form) or int(dtype[1:]), form=form, **given)
 
 
 def _quant_field(name: Token, value: Token | None) -> tuple[str, int | str | bool]:

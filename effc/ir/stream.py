@@ -25,6 +25,7 @@ from effc.ir.ops import Along, array_index, attribute, spec_of
 from effc.ir.rewrite import inline_calls
 from effc.ir.types import Quant, evaluate
 from effc.runtime import primitives
+from effc.runtime.forms import held
 from effc.runtime.qarray import QArray
 
 
@@ -44,8 +45,8 @@ def weight(lazy: Reads, i: int) -> Weight:
         return jnp.asarray(arrays[""], primitives.dtype_of(dtype))
     width = evaluate(lazy.param.type.shape[-1], {})
     zeros = jnp.asarray(arrays["zeros"]) if "zeros" in arrays else None
-    codes, scales = jnp.asarray(arrays["codes"]), jnp.asarray(arrays["scales"])
-    return QArray(codes, scales, zeros, dtype.bits, dtype.group, dtype.axis, width)
+    codes, scales = jnp.asarray(held(arrays["codes"], width, dtype.bits)), jnp.asarray(arrays["scales"])
+    return QArray(codes, scales, zeros, dtype.bits, dtype.group, dtype.axis, width, dtype.form)
 
 
 def run(module: Module, store: Mapping[str, Reads], tokens: Array) -> Array:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+from effc.runtime.widths import row_bytes
+
 Monomial = tuple[tuple[str, int], ...]  # (("b", 1), ("t", 2)) is b*t^2; () is 1
 
 
@@ -145,8 +147,9 @@ def _term(monomial: Monomial, value: Fraction) -> str:
 class Quant:
     """How a quantized array is coded: `x ~ (code - zero) * scale`, scale per group along `axis`.
 
-    bits  2..8, two's complement codes;   group  codes per scale along `axis`, 0 = the whole axis;
-    sym   no zero points;   scale  dtype of the scales;   axis  the contracted axis, negative.
+    bits  2..8;   group  codes per scale along `axis`, 0 = the whole axis;   sym  no zero points;
+    scale  dtype of the scales;   axis  the contracted axis, negative;   form  what codes are: `int`, two's
+    complement, or one of BITS (`effc.runtime.widths`), without zero points and with bits of its own.
     """
 
     bits: int
@@ -154,19 +157,25 @@ class Quant:
     sym: bool = True
     scale: str = "f32"
     axis: int = -2
+    form: str = "int"
+
+    @property
+    def dtype(self) -> str:
+        """As it is written: q4, nf4."""
+        return f"q{self.bits}" if self.form == "int" else self.form
 
     def __str__(self) -> str:
         fields = [f"group={self.group}" if self.group else "channel", "sym" if self.sym else "asym"]
         fields += [f"scale={self.scale}"] * (self.scale != "f32")
         fields += [f"axis={self.axis}"] * (self.axis != -2)
-        return f"q{self.bits}{{{','.join(fields)}}}"
+        return f"{self.dtype}{{{','.join(fields)}}}"
 
 
 DType = str | Quant
 
 BYTES: Mapping[str, Fraction] = {
     "f64": Fraction(8), "f32": Fraction(4), "bf16": Fraction(2), "f16": Fraction(2),
-    "f8e4m3": Fraction(1), "f8e5m2": Fraction(1),
+    "f8e4m3": Fraction(1), "f8e5m2": Fraction(1), "f8e8m0": Fraction(1),
     "i64": Fraction(8), "i32": Fraction(4), "i16": Fraction(2), "i8": Fraction(1), "i4": Fraction(1, 2),
     "u64": Fraction(8), "u32": Fraction(4), "u16": Fraction(2), "u8": Fraction(1), "u4": Fraction(1, 2),
     "bool": Fraction(1),
@@ -175,7 +184,7 @@ BYTES: Mapping[str, Fraction] = {
 
 NUMPY: Mapping[str, str] = {
     "f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16",
-    "f8e4m3": "float8_e4m3fn", "f8e5m2": "float8_e5m2",
+    "f8e4m3": "float8_e4m3fn", "f8e5m2": "float8_e5m2", "f8e8m0": "float8_e8m0fnu",
     "i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8", "i4": "int4",
     "u64": "uint64", "u32": "uint32", "u16": "uint16", "u8": "uint8", "u4": "uint4",
     "bool": "bool",
@@ -206,7 +215,7 @@ class Type:
         count = evaluate(self.size(), {})
         if isinstance(self.dtype, str):
             return math.ceil(count * BYTES[self.dtype])
-        quant, extent = self.dtype, evaluate(self.shape[self.dtype.axis], {})
+        quant, extent, width = self.dtype, evaluate(self.shape[self.dtype.axis], {}), evaluate(self.shape[-1], {})
         groups = count // extent * math.ceil(extent / (quant.group or extent)) if extent else 0
-        codes = math.ceil(Fraction(count * quant.bits, 8))
+        codes = count // max(width, 1) * row_bytes(width, quant.bits)
         return codes + math.ceil(groups * BYTES[quant.scale]) * (1 if quant.sym else 2)

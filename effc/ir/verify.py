@@ -13,6 +13,7 @@ from effc.ir.early import early_faults
 from effc.ir.ops import attribute
 from effc.ir.printer import attr_text, decode_line, op_line, param_line, ref, return_line
 from effc.ir.types import BYTES, Dim, Quant, Type
+from effc.runtime.widths import BITS
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def _quant(quant: Quant, rank: int) -> Iterator[str]:
         yield f"group={quant.group}, want more than 0, or channel"
     if not -rank <= quant.axis < 0:
         yield f"axis={quant.axis} of {rank} axes, want {-rank} to -1"
+    if quant.form != "int" and (BITS.get(quant.form) != quant.bits or not quant.sym):
+        yield f"{quant}: want one of {', '.join(BITS)} without zero points"
     yield from _dtype(quant.scale)
 
 

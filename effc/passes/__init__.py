@@ -9,12 +9,13 @@ from effc.passes.draft import Draft
 from effc.passes.fuse import Fuse
 from effc.passes.mixed import Mixed
 from effc.passes.mor import Mor
+from effc.passes.qat import Qat
 from effc.passes.quant4 import Quant4
 from effc.passes.quant8 import Quant8
 from effc.passes.smooth import Smooth
 
 PASSES: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (Clean, Mor, Calm, Draft, Smooth, Quant8, Quant4, Mixed, Fuse)
+    cls.name: cls for cls in (Clean, Mor, Calm, Draft, Smooth, Quant8, Quant4, Mixed, Qat, Fuse)
 }
 """Every pass, in the order of the phases."""
 
@@ -32,6 +33,7 @@ __all__ = [
     "Pass",
     "PassError",
     "Phase",
+    "Qat",
     "Quant4",
     "Quant8",
     "Smooth",

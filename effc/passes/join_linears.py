@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from effc.ir.core import Func, Module, Op, Param, Value, param_uses
 from effc.ir.types import Quant, Size, Type
 from effc.passes.base import Notes
-from effc.runtime.qarray import pack
+from effc.runtime.forms import pack, unpack
 from effc.weights import Array, Arrays, Lazy
 
 
@@ -185,20 +184,14 @@ def _matrix(join: Join, module: Module, store: Mapping[str, Lazy]) -> Callable[[
 
 
 def _cat(suffix: str, arrays: list[Array], params: Sequence[Param], axis: int) -> Array:
-    """Packed codes of odd widths meet inside a byte: these are unpacked first."""
+    """Packed codes whose rows do not end with a byte are unpacked first."""
     quant = params[0].type.dtype
     widths = [param.type.shape[-1] for param in params]
-    packed = suffix == "codes" and isinstance(quant, Quant) and quant.bits <= 4
-    if not packed or axis != -1 or not any(isinstance(w, int) and w % 2 for w in widths[:-1]):
+    bits = quant.bits if suffix == "codes" and isinstance(quant, Quant) else 8
+    if axis != -1 or not any(isinstance(w, int) and w * bits % 8 for w in widths[:-1]):
         return np.concatenate(arrays, axis)
-    return pack(np.concatenate([_codes(a, w) for a, w in zip(arrays, widths, strict=True)], axis))
-
-
-def _codes(packed: Array, width: Any) -> Array:
-    """int8 codes of packed bytes, as `effc.runtime.qarray.unpack` has them."""
-    signed = packed.view(np.int8)
-    both = np.stack([np.left_shift(signed, 4) >> 4, signed >> 4], axis=-1)
-    return both.reshape(*packed.shape[:-1], -1)[..., :width]
+    codes = [unpack(a, int(str(w)), bits) for a, w in zip(arrays, widths, strict=True)]
+    return pack(np.concatenate(codes, axis), bits)
 
 
 def _vector(join: Join, module: Module, store: Mapping[str, Lazy]) -> Callable[[int], Arrays]:

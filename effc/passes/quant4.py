@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from effc.passes.base import option
 from effc.passes.quant.options import WeightPass
 
 
@@ -14,3 +15,8 @@ class Quant4(WeightPass):
 
     name: ClassVar[str] = "quant4"
     width: ClassVar[int] = 4
+
+    form: Literal["int", "nf4", "mxfp4"] = option("int", "whole numbers, quantiles of a normal distribution, or floats")
+
+    def asked_form(self) -> str:
+        return self.form

@@ -18,3 +18,7 @@ class Quant8(WeightPass):
 
     group: int = option(0, "weights that share a scale; 0 is a whole output channel")
     scale: Literal["f32", "f16", "bf16"] = option("f32", "dtype of the scales")
+    form: Literal["int", "fp8e4m3", "fp8e5m2", "mxfp8"] = option("int", "whole numbers or floats")
+
+    def asked_form(self) -> str:
+        return self.form

@@ -13,7 +13,8 @@ import numpy as np
 
 from effc.errors import EffcError
 from effc.ir.types import NUMPY, Quant
-from effc.runtime.qarray import pack
+from effc.runtime import forms
+from effc.runtime.forms import pack
 from effc.weights import Array, Arrays
 
 Method = Literal["absmax", "mse", "percentile"]
@@ -26,6 +27,12 @@ BLOCK = 1 << 16
 
 VANISHED = 1e-19
 """Scales below the root of the smallest f32 are as good as none."""
+
+POWERS = "f8e8m0"
+"""The dtype of scales that are powers of two."""
+
+POWERS_GRID = (0.6, 0.85, 1.2, 1.7)
+"""As GRID: few enough to try those on both sides."""
 
 Block = tuple[slice, slice, slice]
 
@@ -64,7 +71,7 @@ def spread(codes: Array, scales: Array, zeros: Array, group: int) -> Array:
 def _coded(x: Array, quant: Quant, method: Method, importance: Array | None) -> tuple[Array, Array, Array]:
     """Codes, filled up to whole groups; scales and zeros [groups,1,the rest]."""
     grouped = _grouped(x, quant)
-    codes = np.empty(_whole(x.shape, quant), np.int8)
+    codes = np.empty(_whole(x.shape, quant), level_dtype(quant))
     coded = _grouped(codes, quant)  # a view: what is written there is in `codes`
     scales = np.empty((grouped.shape[0], 1, grouped.shape[2]), np.float32)
     zeros, weight = np.zeros_like(scales), _weights(importance, grouped.shape)
@@ -134,25 +141,28 @@ def group_codes(x: Array, quant: Quant, method: Method, weight: Array | None = N
     return (*_absmax(x, reach, quant), np.zeros(1, np.float32))
 
 
-def limits(quant: Quant) -> tuple[int, int]:
-    """Least and greatest code."""
-    return -(1 << quant.bits - 1), (1 << quant.bits - 1) - 1
+def limits(quant: Quant) -> tuple[float, float]:
+    """Least and greatest code, or value of a code."""
+    return forms.limits(quant.form, quant.bits)
+
+
+def level_dtype(quant: Quant) -> type:
+    """Of what codes stand for before scales: whole numbers are their own codes."""
+    return np.int8 if quant.form == "int" else np.float32
 
 
 def _rounded(scale: Array, quant: Quant) -> Array:
     """The scale as stored, back in f32; 1 where it vanished or nearly did, so that dividing is safe."""
     with np.errstate(over="ignore"):
+        scale = np.abs(scale) if quant.scale == POWERS else scale  # powers of two have no sign
         kept = scale.astype(NUMPY[quant.scale]).astype(np.float32)
     kept[np.abs(kept) < VANISHED] = 1
     return kept
 
 
 def nearest_codes(x: Array, scale: Array, quant: Quant) -> Array:
-    """Nearest codes, in f32."""
-    low, high = limits(quant)
-    codes = x / scale
-    np.rint(codes, out=codes)
-    return np.clip(codes, low, high, out=codes)
+    """Nearest codes (or what they stand for), in f32."""
+    return forms.nearest(x / scale, quant.form, quant.bits)
 
 
 def _greatest(x: Array) -> Array:
@@ -165,7 +175,8 @@ def _percentile(x: Array) -> Array:
 
 def _absmax(x: Array, reach: Array, quant: Quant) -> tuple[Array, Array]:
     """The magnitude to reach at half a step past the last code: no smaller one errs by more than half a step."""
-    scale = _rounded(reach / (limits(quant)[1] + 0.5), quant)
+    past = 0.5 if quant.form == "int" else 0.0
+    scale = _rounded(reach / (limits(quant)[1] + past), quant)
     return nearest_codes(x, scale, quant), scale
 
 
@@ -198,7 +209,7 @@ def _least_squares(x: Array, quant: Quant, weight: Array | None) -> tuple[Array,
     extreme = np.where(
         x.max(1, keepdims=True) > -x.min(1, keepdims=True), x.max(1, keepdims=True), x.min(1, keepdims=True)
     )
-    for fraction in GRID:
+    for fraction in POWERS_GRID if quant.scale == POWERS else GRID:
         tried = _rounded(extreme * (fraction / limits(quant)[0]), quant)
         codes = nearest_codes(x, tried, quant)
         tried = _rounded(_fit(x, codes, tried, weight), quant)
@@ -225,15 +236,21 @@ def _error(x: Array, codes: Array, scale: Array, weight: Array | None) -> Array:
 
 def stored(codes: Array, scales: Array, zeros: Array, quant: Quant, shape: tuple[int, ...], where: str) -> Arrays:
     """What is kept of codes (of the parameter's shape, or filled up), scales and zeros [groups,1,the rest]."""
-    if not np.isfinite(scales.astype(NUMPY[quant.scale])).all():
+    if not np.isfinite(scales.astype(NUMPY[quant.scale]).astype(np.float32)).all():
         raise EffcError(f"{where}: weights too large for {quant.scale} scales, want scale=f32")
     axis = quant.axis % len(shape)
     rest = (*shape[:axis], *shape[axis + 1 :])
+    codes = forms.encode(codes, quant.form)
     cut = np.take(codes, range(shape[axis]), axis) if codes.shape != shape else codes
 
     def small(values: Array) -> Array:
-        moved = np.moveaxis(values.reshape(-1, *rest), 0, axis)
-        return np.ascontiguousarray(moved.astype(NUMPY[quant.scale]))
+        return np.moveaxis(values.reshape(-1, *rest), 0, axis)
 
-    packed = pack(cut) if quant.bits <= 4 else cut
-    return {"codes": packed, "scales": small(scales)} | ({} if quant.sym else {"zeros": small(zeros)})
+    return as_stored(cut, small(scales), None if quant.sym else small(zeros), quant)
+
+
+def as_stored(codes: Array, scales: Array, zeros: Array | None, quant: Quant) -> Arrays:
+    """Codes i8 of the parameter's shape as bytes, scales and zeros (in groups along the coded axis) in their dtype."""
+    kept = {"scales": scales, **({} if zeros is None else {"zeros": zeros})}
+    narrow = {suffix: np.ascontiguousarray(values.astype(NUMPY[quant.scale])) for suffix, values in kept.items()}
+    return {"codes": pack(codes, quant.bits), **narrow}

@@ -11,7 +11,7 @@ from effc.ir.core import Func, Module, Op, Param, Ref, param_uses
 from effc.ir.ops import ELEMENTWISE
 from effc.ir.types import Quant, Type
 from effc.passes.base import Notes, PassError
-from effc.passes.quant.rules import Rule, check_used, first
+from effc.passes.quant.rules import FORMATS, Rule, check_used, first
 from effc.passes.quantizer import Method, quantize
 from effc.weights import Arrays, Lazy, Store, nbytes
 
@@ -35,6 +35,7 @@ class Rules:
     only: str
     skip: str
     rules: tuple[Rule, ...] = ()
+    form: str = "int"
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,17 @@ def _kept_by(rule: Rule) -> str:
 
 def _ruled(param: Param, role: _Role, rule: Rule, rules: Rules, notes: Notes) -> Quant:
     group, sym = (rules.group if rule.group is None else rule.group), (rules.sym if rule.sym is None else rule.sym)
+    if rule.form != "int":
+        return _formatted(param, role, rule.form, rule.group, rules, notes)
     return Quant(rule.bits, _fitted(param, role, group, notes), sym, rules.scale, role.axis)
+
+
+def _formatted(param: Param, role: _Role, name: str, group: int | None, rules: Rules, notes: Notes) -> Quant:
+    """In one of FORMATS, whose own group and scales go before those of the options."""
+    form = FORMATS[name]
+    wanted = form.group if group is None and form.group >= 0 else rules.group if group is None else group
+    fitted = _fitted(param, role, wanted, notes)
+    return Quant(form.bits, fitted, True, form.scale or rules.scale, role.axis, form.form)
 
 
 def _quant(param: Param, role: _Role, rules: Rules, notes: Notes) -> Quant:
@@ -202,6 +213,8 @@ def _quant(param: Param, role: _Role, rules: Rules, notes: Notes) -> Quant:
     if special and bits > rules.bits:
         notes.chose(f"{param.name}: {special}, {bits} bits with one scale a row")
         return Quant(bits, 0, rules.sym, rules.scale, role.axis)
+    if rules.form != "int":
+        return _formatted(param, role, rules.form, None, rules, notes)
     return Quant(bits, _fitted(param, role, rules.group, notes), rules.sym, rules.scale, role.axis)
 
 
@@ -231,6 +244,8 @@ def summarize(module: Module, quants: Mapping[str, Quant], notes: Notes) -> None
         by_code[str(quant)] = by_code.get(str(quant), 0) + 1
     for code, count in by_code.items():
         notes.chose(f"{_counted(count, 'parameter')} as {code}")
+    for form in sorted({quant.form for quant in quants.values()} - {"int"}):
+        notes.chose(f"{form}: no native kernel takes it, products run through XLA on weights as floats, slower")
     vectors = [n for n, p in module.params.items() if len(p.type.shape) < 2]
     if vectors:
         notes.chose(f"{_counted(len(vectors), 'vector')} (norm scales, biases) left as they are")

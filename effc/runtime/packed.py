@@ -114,6 +114,7 @@ def packable(w: QArray) -> bool:
     """Whether there is such a layout of w."""
     if (
         w.ndim != 2
+        or w.form != "int"
         or 0 in w.shape
         or w.axis not in (-1, -2)
         or w.codes.dtype.itemsize != 1

@@ -31,7 +31,7 @@ def dtype_of(name: str) -> jnp.dtype:
 
 _DTYPES = {
     "f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16",
-    "f8e4m3": "float8_e4m3fn", "f8e5m2": "float8_e5m2",
+    "f8e4m3": "float8_e4m3fn", "f8e5m2": "float8_e5m2", "f8e8m0": "float8_e8m0fnu",
     "i64": "int64", "i32": "int32", "i16": "int16", "i8": "int8", "i4": "int4",
     "u64": "uint64", "u32": "uint32", "u16": "uint16", "u8": "uint8", "u4": "uint4", "bool": "bool",
 }  # fmt: skip

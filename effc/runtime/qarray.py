@@ -1,32 +1,32 @@
-"""Quantized arrays: integer codes, a scale (and perhaps a zero point) per group along one axis.
+"""Quantized arrays: codes, a scale (and perhaps a zero point) per group along one axis.
 
-`x ~ (code - zero) * scale`. The element at place k of the grouped axis belongs to group k // group,
+`x ~ (code - zero) * scale`; a code is a whole number, or stands for a value (`effc.runtime.forms`, which also
+says how codes lie in files). The element at place k of the grouped axis belongs to group k // group,
 so the last group is short where the axis is not a multiple of the group; codes are never padded.
 
-Stored layout, version 1. `codes` has the array's own shape: int8 for 5 to 8 bits; for 2 to 4 bits
+Held in memory: `codes` has the array's own shape: int8 for 5 to 8 bits; for 2 to 4 bits
 uint8 with two codes a byte along the last axis, element 2j in the low four bits of byte j and
 element 2j+1 in the high four, each two's complement; an odd last axis leaves the last high half 0.
-`scales` (f32, f16 or bf16) has ceil(K / group) in place of K; `zeros`, where there are any, is like it.
+`scales` (f32, f16, bf16, or powers of two: f8e8m0) has ceil(K / group) in place of K; `zeros`, where there are
+any, is like it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-VERSION = 1
-"""Of the stored layout."""
+from effc.runtime.forms import CODEBOOKS, FLOATS, pack
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("codes", "scales", "zeros"),
-    meta_fields=("bits", "group", "axis", "width"),
+    meta_fields=("bits", "group", "axis", "width", "form"),
 )
 @dataclass(frozen=True)
 class QArray:
@@ -42,6 +42,7 @@ class QArray:
     group: int
     axis: int
     width: int
+    form: str = "int"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,16 +67,25 @@ class QArray:
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The array it stands for, computed in f32."""
         spread = partial(spread_groups, group=self.group, axis=self.axis, extent=self.shape[self.axis])
-        values = self.unpacked().astype(jnp.float32)
+        values = self._values()
         if self.zeros is not None:
             values = values - spread(self.zeros.astype(jnp.float32))
         return (values * spread(self.scales.astype(jnp.float32))).astype(dtype)
+
+    def _values(self) -> jax.Array:
+        """What each code stands for, f32."""
+        codes = self.unpacked()
+        if self.form in FLOATS:
+            return jax.lax.bitcast_convert_type(codes, FLOATS[self.form]).astype(jnp.float32)
+        if self.form in CODEBOOKS:
+            return jnp.take(jnp.asarray(CODEBOOKS[self.form]), codes & 15, axis=0)
+        return codes.astype(jnp.float32)
 
     def rows(self, ids: jax.Array) -> QArray:
         """Rows of a table [V,D] grouped along D: only these rows' codes and scales are read."""
         zeros = None if self.zeros is None else jnp.take(self.zeros, ids, axis=0)
         codes, scales = jnp.take(self.codes, ids, axis=0), jnp.take(self.scales, ids, axis=0)
-        return QArray(codes, scales, zeros, self.bits, self.group, self.axis, self.width)
+        return replace(self, codes=codes, scales=scales, zeros=zeros)
 
 
 def spread_groups(values: jax.Array, *, group: int, axis: int, extent: int) -> jax.Array:
@@ -91,11 +101,6 @@ def spread_groups(values: jax.Array, *, group: int, axis: int, extent: int) -> j
     return jax.lax.slice_in_dim(wide.reshape(flat), 0, extent, axis=values.ndim + axis)
 
 
-def packed_width(width: int, bits: int) -> int:
-    """Stored length of a last axis of `width` codes."""
-    return -(-width // 2) if bits <= 4 else width
-
-
 def unpack(packed: jax.Array, width: int) -> jax.Array:
     """int8 codes [..,width] from bytes [..,ceil(width/2)]."""
     signed = jax.lax.bitcast_convert_type(packed, jnp.int8)
@@ -104,9 +109,4 @@ def unpack(packed: jax.Array, width: int) -> jax.Array:
     return both[..., :width]
 
 
-def pack(codes: np.ndarray) -> np.ndarray:
-    """Bytes [..,ceil(N/2)] as stored, from codes [..,N] in -8..7."""
-    odd = codes.shape[-1] % 2
-    padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, odd)]) if odd else codes
-    nibbles = padded.astype(np.int8).view(np.uint8) & 0xF
-    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+__all__ = ["QArray", "pack", "spread_groups", "unpack"]

@@ -30,6 +30,8 @@ def matmul(x: jax.Array, w: QArray | Packed, layout: str) -> jax.Array:
     """f32 [R,N] from x f32[R,K] and w[K,N] (layout nk: w[N,K]); a program that may run on a TPU carries its kernel."""
     if isinstance(w, Packed):
         return region.matmul(x, w) if layout == w.layout and region.usable() else by_xla(x, w.plain(), layout)
+    if w.form != "int":
+        return by_xla(x, w, layout)
     here = partial(_here, layout=layout)
     if on_tpu.wanted():
         from effc.runtime.kernels.matmul import tpu  # Pallas takes half a second to import
@@ -47,7 +49,7 @@ def _here(x: jax.Array, w: QArray, layout: str) -> jax.Array:
 
 def by_xla(x: jax.Array, w: QArray, layout: str) -> jax.Array:
     """The same of XLA's own ops, on any machine."""
-    few = x.shape[0] <= FEW and w.codes.dtype != jnp.int4
+    few = x.shape[0] <= FEW and w.codes.dtype != jnp.int4 and w.form == "int"
     if layout == "kn" and few and w.axis == -2 and _block(w):
         return _by_groups(x, w, _block(w))
     if layout == "nk" and few and w.axis == -1 and _even(w) and not (x.shape[0] == 1 and w.bits > 4):

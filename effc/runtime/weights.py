@@ -19,9 +19,10 @@ import jax
 import numpy as np
 
 from effc.errors import EffcError, nearest
+from effc.runtime.forms import BITS, held, row_bytes
 from effc.runtime.primitives import dtype_of
 from effc.runtime.program import Table
-from effc.runtime.qarray import QArray, packed_width
+from effc.runtime.qarray import QArray
 
 _SPEC = re.compile(
     r"(?:(?P<stack>\d+) \* )?(?P<dtype>\w+)(?:\{(?P<quant>[^}]*)\})?\[(?P<shape>[\d,]*)\]"
@@ -30,6 +31,7 @@ _SPEC = re.compile(
 
 _TAGS = {
     "F64": "f64", "F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "f8e4m3", "F8_E5M2": "f8e5m2",
+    "F8_E8M0": "f8e8m0",
     "I64": "i64", "I32": "i32", "I16": "i16", "I8": "i8",
     "U64": "u64", "U32": "u32", "U16": "u16", "U8": "u8", "BOOL": "bool",
 }  # fmt: skip
@@ -81,28 +83,36 @@ def _load(path: Path, tensors: Mapping[str, np.ndarray], spec: Spec) -> list[jax
 
     if spec.quant is None:
         return list(part("", spec.dtype, spec.shape))
-    bits, group = int(spec.dtype[1:]), int(spec.quant.get("group", 0))
+    form = spec.dtype if spec.dtype in BITS else "int"
+    bits, group = BITS.get(form) or int(spec.dtype[1:]), int(spec.quant.get("group", 0))
     axis, scale = int(spec.quant.get("axis", -2)), spec.quant.get("scale", "f32")
     extent, grouped = spec.shape[axis], list(spec.shape)
     grouped[axis] = math.ceil(extent / (group or extent))
     width = spec.shape[-1]
-    columns = packed_width(width, bits)
-    codes = part(".codes", "u8" if bits <= 4 else "i8", (*spec.shape[:-1], columns))
+    shape = (spec.stack or 1, *spec.shape[:-1], row_bytes(width, bits))
+    stored = _tensor(path, tensors, spec.stored + ".codes", "u8" if bits < 8 else "i8", shape[not spec.stack :])
+    codes = [jax.device_put(held(layer, width, bits)) for layer in stored.reshape(shape)]
     scales = part(".scales", scale, tuple(grouped))
     zeros = [None] * len(codes) if "sym" in spec.quant else part(".zeros", scale, tuple(grouped))
     rows = zip(codes, scales, zeros, strict=True)
-    return [QArray(c, s, z, bits, group, axis, width) for c, s, z in rows]
+    return [QArray(c, s, z, bits, group, axis, width, form) for c, s, z in rows]
 
 
 def _arrays(
     path: Path, tensors: Mapping[str, np.ndarray], name: str, dtype: str, stack: int, shape: tuple[int, ...]
 ) -> list[jax.Array]:
+    found = _tensor(path, tensors, name, dtype, (stack, *shape) if stack else shape)
+    return [jax.device_put(layer) for layer in (found if stack else [found])]
+
+
+def _tensor(path: Path, tensors: Mapping[str, np.ndarray], name: str, dtype: str, want: tuple[int, ...]) -> np.ndarray:
+    """The tensor of that name; EffcError where it is none or another."""
     if name not in tensors:
         raise EffcError(f"{path}: no tensor '{name}'{nearest(name, tensors)}")
-    found, want = tensors[name], (stack, *shape) if stack else shape
+    found = tensors[name]
     if found.dtype != dtype_of(dtype) or found.shape != want:
         raise EffcError(f"{path}: '{name}' is {found.dtype}{list(found.shape)}, want {dtype}{list(want)}")
-    return [jax.device_put(layer) for layer in (found if stack else [found])]
+    return found
 
 
 def open_tensors(path: Path) -> dict[str, np.ndarray]:

@@ -11,14 +11,15 @@ from hypothesis.extra.numpy import arrays
 from effc.errors import EffcError
 from effc.ir.types import Quant
 from effc.passes.quantizer import Method, nearest_codes, quantize
-from effc.runtime.qarray import QArray, pack
+from effc.runtime.forms import BITS, held, limits, pack
+from effc.runtime.qarray import QArray
 
 SHAPES = st.sampled_from([(1, 1), (7, 3), (33, 5), (40, 8)])  # few, as each is compiled
 FLOATS = st.floats(-8, 8, width=32, allow_subnormal=False)
 MATRICES = arrays(np.float32, SHAPES, elements=FLOATS)
 QUANTS = st.builds(
     Quant,
-    bits=st.sampled_from([2, 3, 4, 6, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 7, 8]),
     group=st.sampled_from([0, 4, 7, 32]),
     sym=st.booleans(),
     scale=st.just("f32"),
@@ -29,8 +30,9 @@ QUANTS = st.builds(
 def restored(x: np.ndarray, quant: Quant, method: Method) -> tuple[np.ndarray, np.ndarray]:
     """The array that the codes stand for, and the scale of each element."""
     coded = quantize(x, quant, method, "w")
-    args = (quant.bits, quant.group, quant.axis, x.shape[-1])
-    array = QArray(coded["codes"], coded["scales"], coded.get("zeros"), *args)  # type: ignore[arg-type]
+    args = (quant.bits, quant.group, quant.axis, x.shape[-1], quant.form)
+    codes = held(coded["codes"], x.shape[-1], quant.bits)
+    array = QArray(codes, coded["scales"], coded.get("zeros"), *args)  # type: ignore[arg-type]
     scale = np.repeat(coded["scales"].astype(np.float32), quant.group or x.shape[quant.axis], quant.axis)
     return np.asarray(array.dequantize()), scale[: x.shape[0], : x.shape[1]]
 
@@ -65,6 +67,41 @@ def test_what_codes_stand_for_has_the_same_codes_at_the_same_scale(x: np.ndarray
     back, scale = restored(x, quant, "absmax")
     again = pack(nearest_codes(back, scale, quant).astype(np.int8)) if bits <= 4 else nearest_codes(back, scale, quant)
     assert (again == coded["codes"]).all()
+
+
+FORMS = st.builds(
+    lambda form, group, axis: Quant(BITS[form], group, True, "f32", axis, form),
+    st.sampled_from(sorted(BITS)),
+    st.sampled_from([0, 4, 7, 32]),
+    st.sampled_from([-1, -2]),
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(MATRICES, FORMS)
+def test_forms_reach_the_greatest_and_keep_zero(x: np.ndarray, quant: Quant) -> None:
+    back, scale = restored(x, quant, "absmax")
+    steps = {"nf4": 0.153, "fp4e2m1": 1.0, "fp8e4m3": 16.0, "fp8e5m2": 4096.0}[quant.form]  # half of the widest
+    assert (np.abs(back - x) <= steps * scale * (1 + 1e-5) + 1e-30).all()
+    assert (back[x == 0] == 0).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(MATRICES, FORMS)
+def test_forms_least_squares_never_loses(x: np.ndarray, quant: Quant) -> None:
+    wrong = {m: np.sum((restored(x, quant, m)[0] - x).astype(np.float64) ** 2) for m in ("mse", "absmax")}
+    assert wrong["mse"] <= wrong["absmax"] * (1 + 1e-5) + 1e-12
+
+
+@pytest.mark.parametrize("form", sorted(BITS))
+def test_scales_of_mx_are_powers_of_two(form: str) -> None:
+    x = np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32)
+    quant = Quant(BITS[form], 32, True, "f8e8m0", -2, form)
+    back, scale = restored(x, quant, "mse")
+    assert (np.log2(scale) % 1 == 0).all()
+    assert np.abs(back).max() <= limits(form, 0)[1] * scale.max()
+    plain, _ = restored(x, Quant(BITS[form], 32, True, "f32", -2, form), "mse")
+    assert np.square(back - x).mean() <= 3 * np.square(plain - x).mean() + 1e-4
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

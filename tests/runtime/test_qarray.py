@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effc.runtime import layers
+from effc.runtime import forms, layers
 from effc.runtime.qarray import QArray, pack, unpack
 
 RNG = np.random.default_rng(0)
@@ -29,6 +29,35 @@ def made(shape: tuple[int, ...], *, bits: int, group: int, axis: int, sym: bool)
     stored = pack(codes) if bits <= 4 else codes
     parts = (jnp.asarray(stored), jnp.asarray(scales), None if zeros is None else jnp.asarray(zeros))
     return QArray(*parts, bits, group, axis, shape[-1]), values
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 8), st.integers(0, 37), st.integers(0, 2**32 - 1))
+def test_stored_codes_come_back(bits: int, width: int, seed: int) -> None:
+    """Every code, rows of their own bytes, nothing in what is left of the last."""
+    low = -(1 << bits - 1)
+    codes = np.random.default_rng(seed).integers(low, -low, (3, width)).astype(np.int8)
+    stored = forms.pack(codes, bits)
+    assert stored.shape == (3, forms.row_bytes(width, bits))
+    assert (forms.unpack(stored, width, bits) == codes).all()
+    bitwise = [[(int(c) >> i) & 1 for c in row for i in range(bits)] for row in codes]
+    assert (np.packbits(np.asarray(bitwise, np.uint8).reshape(3, -1), -1, "little") == stored.view(np.uint8)).all()
+    kept = forms.held(stored, width, bits)
+    assert (np.asarray(unpack(jnp.asarray(kept), width) if bits <= 4 else kept) == codes).all()
+
+
+@pytest.mark.parametrize("form", sorted(forms.BITS))
+def test_each_code_of_a_form_stands_for_its_value(form: str) -> None:
+    bits = forms.BITS[form]
+    codes = np.arange(-(1 << bits - 1), 1 << bits - 1).astype(np.int8)
+    values = forms.decode(codes, form)
+    finite = codes[np.isfinite(values)]
+    again = forms.decode(forms.encode(values[np.isfinite(values)], form), form)
+    assert (again == forms.decode(finite, form)).all()
+    stored = jnp.asarray(forms.held(forms.pack(codes[None], bits), len(codes), bits))
+    ones = jnp.ones((1, 1), jnp.float32)
+    got = QArray(stored, ones, None, bits, 0, -1, len(codes), form).dequantize()
+    np.testing.assert_array_equal(np.asarray(got)[0], values)
 
 
 CASES = [

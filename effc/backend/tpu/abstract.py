@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effc.runtime.forms import BITS, row_bytes
 from effc.runtime.primitives import dtype_of
 from effc.runtime.program import Table
 from effc.runtime.qarray import QArray
@@ -31,11 +32,15 @@ def _entry(key: str, entry: str | Mapping[str, str]) -> Any:
 def _array(spec: Spec) -> jax.ShapeDtypeStruct | QArray:
     if spec.quant is None:
         return jax.ShapeDtypeStruct(spec.shape, dtype_of(spec.dtype))
-    bits, group, axis = int(spec.dtype[1:]), int(spec.quant.get("group", 0)), int(spec.quant.get("axis", -2))
+    form = spec.dtype if spec.dtype in BITS else "int"
+    bits, group = BITS.get(form) or int(spec.dtype[1:]), int(spec.quant.get("group", 0))
+    axis = int(spec.quant.get("axis", -2))
     grouped = list(spec.shape)
     grouped[axis] = math.ceil(spec.shape[axis] / (group or spec.shape[axis]))
     scales = jax.ShapeDtypeStruct(tuple(grouped), dtype_of(spec.quant.get("scale", "f32")))
-    codes = jax.ShapeDtypeStruct(spec.shape, jnp.int4 if bits <= 4 else jnp.int8)
+    codes = jax.ShapeDtypeStruct(spec.shape, jnp.int4 if bits <= 4 and form == "int" else jnp.int8)
+    if form != "int" and bits <= 4:  # no kernel takes these: held two a byte
+        codes = jax.ShapeDtypeStruct((*spec.shape[:-1], row_bytes(spec.shape[-1], bits)), jnp.uint8)
     zeros = None if "sym" in spec.quant else scales
     # A tree of shapes: the class does not look at what it holds.
-    return QArray(codes, scales, zeros, bits, group, axis, spec.shape[-1])  # type: ignore[arg-type]
+    return QArray(codes, scales, zeros, bits, group, axis, spec.shape[-1], form)  # type: ignore[arg-type]

@@ -11,7 +11,8 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from effc.ir.types import Quant
-from effc.passes.quantizer import Method, group_codes, limits
+from effc.passes.quantizer import Method, group_codes, level_dtype
+from effc.runtime import forms
 from effc.weights import Array
 
 DAMP = 0.01
@@ -105,8 +106,7 @@ def _rounded(w: Array, upper: Array, order: Array, scales: _Scales, ordered: boo
     """Codes; `w` is changed on the way. Groups whose rows are taken out of turn have their scales beforehand."""
     for group in range(len(scales.found)) if ordered else ():
         scales.find(group)
-    low, high = limits(scales.quant)
-    codes = np.empty(w.shape, np.int8)
+    codes = np.empty(w.shape, level_dtype(scales.quant))
     step = _step(scales.group, len(w))
     for start in range(0, len(w), step):
         stop = min(start + step, len(w))
@@ -116,7 +116,7 @@ def _rounded(w: Array, upper: Array, order: Array, scales: _Scales, ordered: boo
             if not ordered and row % scales.group == 0:
                 w[order[start:stop]] = here
             scale, zero = scales.of(row)
-            code = np.clip(np.rint(here[i] / scale + zero), low, high)
+            code = forms.nearest(here[i] / scale + zero, scales.quant.form, scales.quant.bits)
             codes[row] = code
             wrong[i] = (here[i] - (code - zero) * scale) / upper[start + i, start + i]
             here[i + 1 :] -= upper[start + i, start + i + 1 : stop, None] * wrong[i]

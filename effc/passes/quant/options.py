@@ -43,8 +43,8 @@ class WeightPass(Pass, ABC):
     clip: bool = option(True, "gptq, awq: search how far to cut a group's extremes; false reaches them all")
     act_order: bool = option(False, "gptq: inputs that are largest in the text come first")
     tokens: int = option(TOKENS, "gptq, awq: tokens of text to fit to")
-    embed: Literal[8, 4, 0] = option(8, "bits for embedding tables; 0 leaves them")
-    head: Literal[8, 4, 0] = option(8, "bits for the matrix that makes the logits; 0 leaves it")
+    embed: Literal[8, 7, 6, 5, 4, 3, 2, 0] = option(8, "bits for embedding tables; 0 leaves them")
+    head: Literal[8, 7, 6, 5, 4, 3, 2, 0] = option(8, "bits for the matrix that makes the logits; 0 leaves it")
     rules: str = option("", "by name or use, first match wins: '*.down:8;@head:4/64;layers.attn.*:4/32a;*.o:keep'")
     only: str = option("*", "code only parameters whose name fits this glob (a|b for several)")
     skip: str = option("", "leave parameters whose name fits this glob")
@@ -62,8 +62,22 @@ class WeightPass(Pass, ABC):
         """The options as the planner takes them."""
         rules = parse_rules(f"{self.name}: rules", self.rules)
         return Rules(
-            self.name, self.width, self.group, self.sym, self.scale, self.embed, self.head, self.only, self.skip, rules
+            self.name,
+            self.width,
+            self.group,
+            self.sym,
+            self.scale,
+            self.embed,
+            self.head,
+            self.only,
+            self.skip,
+            rules,
+            self.asked_form(),
         )
+
+    def asked_form(self) -> str:
+        """What the codes are where no rule says so."""
+        return "int"
 
     def reads_text(self) -> bool:
         return self.fitted()

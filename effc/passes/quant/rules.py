@@ -1,23 +1,43 @@
 """Rules by hand: `*.down:8;@head:4/64;layers.attn.*:4/32a;embed*:keep`, the first that fits a parameter wins.
 
 Left of the colon a glob of names, or `@linear`, `@embed`, `@head`: what reads the parameter. Right of it `keep`, or
-bits, after a slash the group (0: a whole channel), and at the end `a` (zero points) or `s` (none). What a rule does
-not say is as the pass's options have it.
+bits or a format (nf4, fp8e4m3, fp8e5m2, mxfp4, mxfp8), after a slash the group (0: a whole channel), and at the end
+`a` (zero points) or `s` (none). What a rule does not say is as the pass's options have it.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from effc.errors import nearest
 from effc.passes.base import PassError
 
-_FORM = re.compile(r"(?P<bits>[2-8])(?:/(?P<group>\d+))?(?P<sym>[as])?")
+_FORM = re.compile(r"(?P<bits>[2-8]|nf4|mxfp4|mxfp8|fp8e4m3|fp8e5m2)(?:/(?P<group>\d+))?(?P<sym>[as])?")
 
 KINDS = ("@linear", "@embed", "@head")
+
+
+@dataclass(frozen=True)
+class Format:
+    """What codes are, and what comes with it: the dtype of scales, the group where none is asked for."""
+
+    form: str
+    bits: int
+    scale: str = ""
+    group: int = -1
+
+
+FORMATS: Mapping[str, Format] = {
+    "nf4": Format("nf4", 4),
+    "fp8e4m3": Format("fp8e4m3", 8),
+    "fp8e5m2": Format("fp8e5m2", 8),
+    "mxfp4": Format("fp4e2m1", 4, "f8e8m0", 32),
+    "mxfp8": Format("fp8e4m3", 8, "f8e8m0", 32),
+}
+"""Formats that are no whole numbers, by the name rules have for them."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +49,7 @@ class Rule:
     bits: int
     group: int | None = None
     sym: bool | None = None
+    form: str = "int"
 
     def fits(self, name: str, kinds: Collection[str]) -> bool:
         """Whether it speaks of a parameter that ops of these kinds read."""
@@ -49,8 +70,12 @@ def _parse(where: str, text: str) -> Rule:
     found = _FORM.fullmatch(form)
     if not pattern or not found or found["group"] == "1":
         raise PassError(f"{where}: '{text}' is no rule, want the like of layers.mlp.*:8, @head:4/64 or embed:keep")
-    group = int(found["group"]) if found["group"] else None
-    return Rule(text, pattern, int(found["bits"]), group, {"a": False, "s": True}.get(found["sym"]))
+    group, sym = int(found["group"]) if found["group"] else None, {"a": False, "s": True}.get(found["sym"])
+    if found["bits"].isdecimal():
+        return Rule(text, pattern, int(found["bits"]), group, sym)
+    if sym is False:
+        raise PassError(f"{where}: '{text}': {found['bits']} has no zero points, want bits (2 to 8) with them")
+    return Rule(text, pattern, FORMATS[found["bits"]].bits, group, True, found["bits"])
 
 
 def first(rules: Sequence[Rule], name: str, kinds: Collection[str]) -> Rule | None:

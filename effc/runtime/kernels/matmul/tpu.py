@@ -44,7 +44,7 @@ def fits(x: jax.Array, w: QArray, layout: str) -> bool:
 
 def prepared(w: QArray) -> QArray:
     """4-bit codes as an int4 array, one an element: what the kernel reads. Done once, when weights are loaded."""
-    if w.bits > 4 or w.codes.dtype == jnp.int4:
+    if w.bits > 4 or w.form != "int" or w.codes.dtype == jnp.int4:
         return w
     return replace(w, codes=w.unpacked().astype(jnp.int4))
 
