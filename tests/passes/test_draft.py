@@ -14,11 +14,11 @@ from effc.ir.parser import parse
 from effc.ir.printer import dump
 from effc.ir.types import Type
 from effc.ir.verify import verify
-from effc.passes import draft_train
 from effc.passes.base import Notes
 from effc.passes.draft import Draft
-from effc.passes.draft_model import attached
-from effc.passes.draft_plan import Costs, forecast
+from effc.passes.draft import train as draft_train
+from effc.passes.draft.model import attached
+from effc.passes.draft.plan import Costs, forecast
 from effc.passes.quant8 import Quant8
 from effc.runtime.generate import Drafted
 from effc.weights import Lazy, Store, parts

@@ -17,7 +17,7 @@ from effc.ir.parser import parse
 from effc.opened import open_model
 from effc.passes.base import Notes
 from effc.passes.draft import Draft
-from effc.passes.draft_model import _alone, attached
+from effc.passes.draft.model import _alone, attached
 from effc.runtime.cache import Cache
 from effc.runtime.chain import Chain
 from effc.runtime.engine import Engine

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from effc.ir.core import Attr, Decode, Module, Ref
 from effc.ir.types import Quant
-from effc.passes import draft_head, draft_model
 from effc.passes.base import Exactness, Notes, Pass, PassError, Phase, option
-from effc.passes.draft_parts import PREFIX, cut
+from effc.passes.draft import head
+from effc.passes.draft import model as beside
+from effc.passes.draft.parts import PREFIX, cut
 from effc.weights import Lazy, Store
 
 if TYPE_CHECKING:
@@ -57,31 +58,31 @@ class Draft(Pass):
     def run(self, module: Module, notes: Notes) -> Module:
         attrs: dict[str, Attr | Ref] = {"forward": Ref(module.forward().name), "kind": self._loop()}
         if self.kind == "head":
-            module, more = draft_head.head_attached(self.name, module, self._vocab(module)), {"verify": Ref("verify")}
+            module, more = head.head_attached(self.name, module, self._vocab(module)), {"verify": Ref("verify")}
         elif self.kind == "self":
             layers = self.layers or max(1, int(str(cut(self.name, module).loop.attrs["times"])) // 4)
-            module, more = draft_head.part_attached(self.name, module, layers, self._vocab(module)), {"shared": True}
+            module, more = head.part_attached(self.name, module, layers, self._vocab(module)), {"shared": True}
         elif self.kind == "lookup":
             more = {}
         else:
-            module, more = draft_model.attached(module, self._other(module, notes)[0]), {}
+            module, more = beside.attached(module, self._other(module, notes)[0]), {}
         attrs |= {} if self.kind == "lookup" else {"drafter": Ref(PREFIX)}
         attrs |= more | {"gamma": self.gamma or GAMMA[self.kind]}
-        if draft_head.IDS in module.params:
-            attrs["vocab"] = Ref(draft_head.IDS)
+        if head.IDS in module.params:
+            attrs["vocab"] = Ref(head.IDS)
         return replace(module, decode=Decode("speculative", attrs))
 
     def made(self, before: Module, after: Module, store: Store) -> list[Lazy]:
         if self.kind in ("head", "self"):
-            return draft_head.arrays(before, after, store, self.name)
+            return head.arrays(before, after, store, self.name)
         if self.kind in ("model", "int4"):
             module, arrays = self._other(before, Notes(), store)
-            return draft_model.arrays(module, after, arrays)
+            return beside.arrays(module, after, arrays)
         return []
 
     def arrays(self, before: Module, after: Module, store: Store, context: Context, notes: Notes) -> Store:
         if self.kind == "model":
-            draft_model.check_tokens(context.tokenizer, Path(self.model), cut_vocab(after))
+            beside.check_tokens(context.tokenizer, Path(self.model), cut_vocab(after))
         return self.weights(before, after, store)
 
     def training_minutes(self) -> float:
@@ -89,24 +90,24 @@ class Draft(Pass):
 
     def train(self, module: Module, store: Store, context: Context) -> Store:
         """Which tokens it can draft is found out first, then its arrays are fitted."""
-        from effc.passes import draft_train  # optax, for who trains
+        from effc.passes.draft import train  # optax, for who trains
 
         model = context.model(module, store)
-        lesson, ids = draft_train.read(model, context, self.kind == "head"), None
-        if draft_head.IDS in module.params:
-            count = int(str(module.params[draft_head.IDS].type.shape[0]))
-            ids = draft_train.frequent(lesson, count, cut(self.name, module).vocab)
-            store = draft_head.with_ids(self.name, module, store, ids)
+        lesson, ids = train.read(model, context, self.kind == "head"), None
+        if head.IDS in module.params:
+            count = int(str(module.params[head.IDS].type.shape[0]))
+            ids = train.frequent(lesson, count, cut(self.name, module).vocab)
+            store = head.with_ids(self.name, module, store, ids)
             model = context.model(module, store)
-        return model.store(draft_train.fit(model, lesson, ids, context), store)
+        return model.store(train.fit(model, lesson, ids, context), store)
 
     def calibrates(self) -> bool:
         return True
 
     def calibrate(self, module: Module, store: Store, context: Context, notes: Notes) -> Module:
-        from effc.passes import draft_plan  # it runs the model: only where that is asked for
+        from effc.passes.draft import plan  # it runs the model: only where that is asked for
 
-        return draft_plan.planned(self, module, store, context, notes)
+        return plan.planned(self, module, store, context, notes)
 
     def _loop(self) -> str:
         return "model" if self.kind == "int4" else self.kind
@@ -117,8 +118,8 @@ class Draft(Pass):
 
     def _other(self, module: Module, notes: Notes, store: Store | None = None) -> tuple[Module, Store]:
         if self.kind == "int4":
-            return draft_model.int4(module, store)
-        return draft_model.opened(Path(self.model))
+            return beside.int4(module, store)
+        return beside.opened(Path(self.model))
 
 
 def cut_vocab(module: Module) -> int:

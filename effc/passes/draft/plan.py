@@ -31,7 +31,7 @@ from effc.weights import Store, write_safetensors
 
 if TYPE_CHECKING:
     from effc.passes.context import Context
-    from effc.passes.draft import Draft
+    from effc.passes.draft.attach import Draft
 
 PROMPTS, READ, NEW = 4, 64, 64
 """Calibration prompts, their tokens, and how many follow each."""

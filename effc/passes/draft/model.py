@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from effc.ir.core import Decode, Module, Ref, walk
 from effc.passes.base import Notes, PassError
-from effc.passes.draft_parts import PREFIX, lazily, renamed
+from effc.passes.draft.parts import PREFIX, lazily, renamed
 from effc.passes.quant4 import Quant4
 from effc.weights import Lazy, Store
 

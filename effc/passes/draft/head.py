@@ -12,7 +12,7 @@ from effc.ir.core import Func, Module, Op, Param, Ref, Value, walk
 from effc.ir.rewrite import Names, copy_ops, names_of, substitute
 from effc.ir.types import NUMPY, Type
 from effc.passes.base import PassError
-from effc.passes.draft_parts import PREFIX, Cut, cut, layer_of, lazily, made, narrowed, with_params
+from effc.passes.draft.parts import PREFIX, Cut, cut, layer_of, lazily, made, narrowed, with_params
 from effc.weights import Lazy, Store
 
 VERIFY = "verify"
