@@ -17,6 +17,7 @@ from effc.ir.verify import verify
 from effc.passes.base import Notes
 from effc.passes.draft import Draft
 from effc.passes.draft import train as draft_train
+from effc.passes.draft.lesson import Lesson
 from effc.passes.draft.model import attached
 from effc.passes.draft.plan import Costs, forecast
 from effc.passes.quant8 import Quant8
@@ -65,7 +66,7 @@ def test_what_is_attached_is_legal_text_and_runs(tiny: Module, made_by: Draft, e
 
 def test_quantizers_code_what_was_attached(tiny: Module) -> None:
     after = Quant8().run(Draft(kind="head", vocab=0).run(tiny, Notes()), Notes())
-    assert verify(after) == [] and str(after.params["draft.fc"].type).startswith("q8")
+    assert verify(after) == [] and str(after.params["draft.reads.tokens.w"].type).startswith("q8")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,7 @@ def test_the_forecast_is_tokens_over_costs() -> None:
 
 def test_the_drafter_learns_the_tokens_said_most() -> None:
     logits = np.zeros((1, 2, 2), np.float32)
-    lesson = draft_train.Lesson(np.zeros((1, 3), np.int32), None, np.asarray([[[5, 2], [5, 7]]]), logits, 0.0)
+    spans, ids = np.asarray([[1, 2]], np.int32), np.asarray([[[5, 2], [5, 7]]])
+    lesson = Lesson([{"tokens": np.zeros((1, 2), np.int32), "spans": spans, "ids": ids, "logits": logits}])
     assert draft_train.frequent(lesson, 2, 9).tolist() == [2, 5]
     assert draft_train.frequent(lesson, 4, 9).tolist() == [0, 2, 5, 7]

@@ -16,8 +16,10 @@ from effc.passes.draft.parts import PREFIX, Cut, cut, layer_of, lazily, made, na
 from effc.weights import Lazy, Store
 
 VERIFY = "verify"
-IDS, FC, EXIT = f"{PREFIX}.ids", f"{PREFIX}.fc", f"{PREFIX}.exit"
-READS_FEATURES, READS_TOKENS = f"{PREFIX}.features.scale", f"{PREFIX}.tokens.scale"
+IDS, EXIT, READS = f"{PREFIX}.ids", f"{PREFIX}.exit", f"{PREFIX}.reads"
+TOKENS = "tokens"
+DEPTHS = 3
+"""Places in the stack of layers that a head reads, the last of them at its end."""
 
 
 def head_attached(name: str, module: Module, vocab: int) -> Module:
@@ -25,7 +27,7 @@ def head_attached(name: str, module: Module, vocab: int) -> Module:
     parts = cut(name, module)
     func, params = _head(name, module, parts, vocab)
     _, new, _ = _tail(module, parts, vocab)
-    verify = replace(parts.func, name=VERIFY, results=(*parts.func.results, parts.hidden.name))
+    verify = _tapped(parts)
     params = {**module.params, **params, **new}
     return replace(module, params=params, funcs={**module.funcs, VERIFY: verify, PREFIX: func})
 
@@ -51,43 +53,92 @@ def part_attached(name: str, module: Module, layers: int, vocab: int) -> Module:
     return replace(module, params={**module.params, EXIT: exit_, **new}, funcs={**module.funcs, PREFIX: func})
 
 
+def _depths(parts: Cut) -> list[int]:
+    """How many layers of the loop come before each place that is read."""
+    times = int(str(parts.loop.attrs["times"]))
+    return sorted({max(1, times * n // DEPTHS) for n in range(1, DEPTHS + 1)})
+
+
+def _tapped(parts: Cut) -> Func:
+    """The forward function with one more result: what lies between the layers, side by side."""
+    names, loop, depths = names_of(parts.func), parts.loop, _depths(parts)
+    start = int(str(loop.attrs.get("start", 0)))
+    (x, *rest), pieces, taken = loop.inputs, list[Op](), list[Value]()
+    for begin, end in zip([0, *depths], depths, strict=False):
+        out = loop.out if end == depths[-1] else Value(names.fresh("depth"), loop.out.type)
+        attrs = {**loop.attrs, "start": start + begin, "times": end - begin}
+        pieces.append(replace(loop, inputs=(x, *rest), outputs=(out,), attrs=attrs))
+        taken.append(out)
+        x = out.name
+    beside, features = _side_by_side(names, taken)
+    at = parts.func.ops.index(loop)
+    ops = (*parts.func.ops[:at], *pieces, *beside, *parts.func.ops[at + 1 :])
+    return replace(parts.func, name=VERIFY, ops=ops, results=(*parts.func.results, features))
+
+
+def _side_by_side(names: Names, values: Sequence[Value]) -> tuple[list[Op], str]:
+    """Values [b,t,d] as one."""
+    if len(values) == 1:
+        return [], values[0].name
+    both = Value(names.fresh("features"), _times(values[0].type, len(values)))
+    return [Op("lax.concatenate", tuple(v.name for v in values), (both,), {}, {"dimension": 2})], both.name
+
+
+def _times(type_: Type, count: int) -> Type:
+    """[b,t,count*d]."""
+    return Type(type_.dtype, (*type_.shape[:-1], int(str(type_.shape[-1])) * count))
+
+
 def _head(name: str, module: Module, parts: Cut, vocab: int) -> tuple[Func, dict[str, Param]]:
     (tokens,), target = parts.func.inputs, parts.loop.attrs["block"]
     assert isinstance(target, Ref)
     block, hidden, names = module.funcs[target.name], parts.hidden, names_of(parts.func)
     if any(isinstance(value, Ref) for op in walk(block) for value in op.attrs.values()):
         raise PassError(f"{name}: @{block.name} runs other functions, want plain layers for kind=head")
-    params, width, dtype = _layer_params(module, block), parts.width, hidden.type.dtype
-    scale = Type(dtype, (width,))
-    params |= {
-        FC: Param(FC, Type(dtype, (2 * width, width)), path="draft: features and tokens to the layer"),
-        READS_FEATURES: Param(READS_FEATURES, scale, path="draft: norm of features"),
-        READS_TOKENS: Param(READS_TOKENS, scale, path="draft: norm of tokens"),
-    }
-    features = Value(names.fresh("features"), hidden.type)
+    params, count = _layer_params(module, block), len(_depths(parts))
+    params |= {p.name: p for i in (*range(count), TOKENS) for p in _reader(i, parts)}
+    features = Value(names.fresh("features"), _times(hidden.type, count))
     first, *rest = parts.loop.inputs
     begin, x = _joined(names, features, first, hidden.type, _eps(parts))
     body, (y,) = copy_ops(block, [x, *rest], names)
     body = with_params(body, {old: f"{PREFIX}.{old}" for old in _stacked(module, block)})
+    own, told = _side_by_side(names, [Value(y, hidden.type)] * count)
     tail, _, _ = _tail(module, parts, vocab)
     after = substitute(Func("", (), tail, parts.func.results), {hidden.name: y}).ops
-    ops = (*parts.before, *begin, *body, *after)
-    return Func(PREFIX, (tokens, features), ops, (*parts.func.results, y)), params
+    ops = (*parts.before, *begin, *body, *own, *after)
+    return Func(PREFIX, (tokens, features), ops, (*parts.func.results, told)), params
+
+
+def _reader(which: int | str, parts: Cut) -> tuple[Param, Param]:
+    """Scale and matrix through which a head reads features of one depth, or tokens."""
+    dtype, width = parts.hidden.type.dtype, parts.width
+    what = "tokens" if which == TOKENS else f"features {which}"
+    scale = Param(f"{READS}.{which}.scale", Type(dtype, (width,)), path=f"draft: norm of {what}")
+    return scale, Param(f"{READS}.{which}.w", Type(dtype, (width, width)), path=f"draft: {what} to the layer")
 
 
 def _joined(names: Names, features: Value, tokens: str, type_: Type, eps: float) -> tuple[list[Op], str]:
-    """Features and embedded tokens, each normed, as one [b,t,d]."""
-    wide = Type(type_.dtype, (*type_.shape[:-1], type_.shape[-1] * 2))
-    a, b = Value(names.fresh("f"), type_), Value(names.fresh("e"), type_)
-    both, x = Value(names.fresh("both"), wide), Value(names.fresh("joined"), type_)
-    attrs = {"kind": "rms", "eps": eps}
-    ops = [
-        Op("norm", (features.name,), (a,), {"scale": READS_FEATURES}, attrs),
-        Op("norm", (tokens,), (b,), {"scale": READS_TOKENS}, attrs),
-        Op("lax.concatenate", (a.name, b.name), (both,), {}, {"dimension": 2}),
-        Op("linear", (both.name,), (x,), {"w": FC}),
-    ]
-    return ops, x.name
+    """Features of each depth and embedded tokens, each normed and turned, as one sum [b,t,d]."""
+    count = int(str(features.type.shape[-1])) // int(str(type_.shape[-1]))
+    pieces = [_piece(names, features, i, type_) for i in range(count)] if count > 1 else []
+    parts = [op.out.name for op in pieces] or [features.name]
+    ops, total = list(pieces), ""
+    for which, value in [*enumerate(parts), (TOKENS, tokens)]:
+        normed, turned = Value(names.fresh("normed"), type_), Value(names.fresh("turned"), type_)
+        attrs = {"kind": "rms", "eps": eps}
+        ops.append(Op("norm", (value,), (normed,), {"scale": f"{READS}.{which}.scale"}, attrs))
+        ops.append(Op("linear", (normed.name,), (turned,), {"w": f"{READS}.{which}.w"}))
+        if total:
+            ops.append(Op("lax.add", (total, turned.name), (Value(names.fresh("joined"), type_),)))
+        total = ops[-1].out.name
+    return ops, total
+
+
+def _piece(names: Names, features: Value, i: int, type_: Type) -> Op:
+    """Features of one depth."""
+    *outer, width = type_.shape
+    start, limit = (*(0 for _ in outer), i * int(str(width))), (*outer, (i + 1) * int(str(width)))
+    return Op("lax.slice", (features.name,), (Value(names.fresh("part"), type_),), {}, {"start": start, "limit": limit})
 
 
 def _tail(module: Module, parts: Cut, vocab: int) -> tuple[tuple[Op, ...], dict[str, Param], dict[str, str]]:
@@ -158,11 +209,10 @@ def _array(param: Param, before: Module, parts: Cut, store: Store) -> Lazy:
     shape = tuple(int(str(size)) for size in param.type.shape)
     fresh: Mapping[str, Any] = {
         IDS: lambda: {"": np.arange(shape[0], dtype=np.int32)},
-        FC: lambda: {"": _beside(shape).astype(_dtype(param))},
         EXIT: lambda: {"": np.zeros(shape, _dtype(param))},
-        READS_FEATURES: lambda: {"": np.ones(shape, _dtype(param))},
-        READS_TOKENS: lambda: {"": np.ones(shape, _dtype(param))},
     }
+    if param.name.startswith(f"{READS}."):
+        return made(param, lambda: {"": _reading(param.name, shape, len(_depths(parts))).astype(_dtype(param))})
     if param.name in fresh:
         return made(param, fresh[param.name])
     origin = param.name.removeprefix(f"{PREFIX}.")
@@ -183,10 +233,14 @@ def rows_of(param: Param, before: Module, parts: Cut, store: Store, ids: np.ndar
     return {"": np.ascontiguousarray(np.take(whole, ids[:count], axis)).astype(_dtype(param))}
 
 
-def _beside(shape: tuple[int, ...]) -> np.ndarray:
-    """f32[2d,d]: the mean of both, and a little noise to tell channels apart."""
-    noise = np.random.default_rng(0).standard_normal(shape, np.float32) * 0.02
-    return np.concatenate([np.eye(shape[1], dtype=np.float32)] * 2) / 2 + noise
+def _reading(name: str, shape: tuple[int, ...], depths: int) -> np.ndarray:
+    """Ones of a scale; of a matrix half of what is last or a token, and a little noise to tell channels apart."""
+    if len(shape) == 1:
+        return np.ones(shape, np.float32)
+    which = name.removeprefix(f"{READS}.").split(".")[0]
+    number = depths if which == TOKENS else int(which)
+    noise = np.random.default_rng(number).standard_normal(shape, np.float32) * 0.02
+    return noise + np.eye(shape[1], dtype=np.float32) / 2 * (number >= depths - 1)
 
 
 def _dtype(param: Param) -> np.dtype:
