@@ -22,6 +22,7 @@ _TWICE = "both code the same weights; keep one, e.g. quant4{rules=*.down:8} or m
 
 CONFLICTS: Mapping[frozenset[str], str] = {
     **{frozenset(pair): _TWICE for pair in combinations(("quant4", "quant8", "mixed", "qat"), 2)},
+    frozenset({"kv8", "kv4"}): "both say how keys and values are kept; keep one",
     frozenset({"calm", "draft"}): "both say how tokens are decoded; keep one: draft alone gives the model's own text, "
     "calm alone text within a bound of it",
 }

@@ -7,6 +7,7 @@ from effc.passes.calm import Calm
 from effc.passes.clean import Clean
 from effc.passes.draft import Draft
 from effc.passes.fuse import Fuse
+from effc.passes.kv import Kv4, Kv8
 from effc.passes.mixed import Mixed
 from effc.passes.mor import Mor
 from effc.passes.qat import Qat
@@ -15,7 +16,7 @@ from effc.passes.quant8 import Quant8
 from effc.passes.smooth import Smooth
 
 PASSES: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (Clean, Mor, Calm, Draft, Smooth, Quant8, Quant4, Mixed, Qat, Fuse)
+    cls.name: cls for cls in (Clean, Mor, Calm, Draft, Smooth, Quant8, Quant4, Mixed, Qat, Kv8, Kv4, Fuse)
 }
 """Every pass, in the order of the phases."""
 
@@ -26,6 +27,8 @@ __all__ = [
     "Draft",
     "Exactness",
     "Fuse",
+    "Kv4",
+    "Kv8",
     "Mixed",
     "Mor",
     "Notes",

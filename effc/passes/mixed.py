@@ -23,7 +23,11 @@ from effc.weights import Store
 if TYPE_CHECKING:
     from effc.passes.context import Context
 
-FORMS = ((4, 128), (4, 64), (4, 32), (4, 16), (8, 128), (8, 0))
+FORMS = (
+    *((3, 64), (3, 32), (3, 16)),
+    *((4, 128), (4, 64), (4, 32), (4, 16)),
+    *((5, 64), (5, 32), (6, 128), (6, 32), (6, 0), (8, 128), (8, 0)),
+)
 """Bits and group that a parameter may get; 0 is a whole channel."""
 
 MEASURED = (4, 32)
@@ -32,7 +36,7 @@ MEASURED = (4, 32)
 
 @dataclass(frozen=True)
 class Mixed(WeightPass):
-    """Each parameter in 4 or 8 bits and groups of 16 to 128: measures what hurts, then spends `bits` a weight."""
+    """Each parameter in 3 to 8 bits and groups of 16 to 128: measures what hurts, then spends `bits` a weight."""
 
     name: ClassVar[str] = "mixed"
     width: ClassVar[int] = 4
