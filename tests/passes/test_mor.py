@@ -15,7 +15,7 @@ from effc.ir.analysis import param_count
 from effc.ir.core import Module
 from effc.ir.parser import parse
 from effc.passes.mor import Mor
-from effc.passes.mor_sharing import fold, unique_parameters
+from effc.passes.mor.sharing import fold, unique_parameters
 from effc.runtime.engine import Engine
 from effc.runtime.weights import load_params
 from effc.weights import write_safetensors

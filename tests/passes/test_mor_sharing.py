@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from effc.passes.base import PassError
-from effc.passes.mor_sharing import Folding, Share, chosen, fold, kept, spans, unique_parameters
+from effc.passes.mor.sharing import Folding, Share, chosen, fold, kept, spans, unique_parameters
 
 TWELVE: dict[Share, tuple[int, ...]] = {
     "cycle": (0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5),

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from effc.ir.core import Module
-from effc.passes import mor_fold, mor_route
 from effc.passes.base import Exactness, Notes, Pass, PassError, Phase, option
-from effc.passes.mor_fold import Fold, find_stack
-from effc.passes.mor_route import Routes
-from effc.passes.mor_sharing import Folding, chosen, fold, spans
+from effc.passes.mor import folding as folds
+from effc.passes.mor import route
+from effc.passes.mor.folding import Fold, find_stack
+from effc.passes.mor.route import Routes
+from effc.passes.mor.sharing import Folding, chosen, fold, spans
 from effc.weights import Lazy, Store, nbytes
 
 if TYPE_CHECKING:
@@ -47,13 +48,15 @@ class Mor(Pass):
     kv: Literal["recursion", "shared"] = option(
         "recursion", "whether a depth keeps keys of its own or reads the first's"
     )
-    baseline: bool = option(False, "also train a model of as many layers as there are arrays, half of the time each")
+    baseline: Literal["none", "steps", "minutes"] = option(
+        "none", "also train a model of as many layers as there are arrays, for as many steps or as many minutes"
+    )
     uneven: bool = option(False, "leave the last layers as they are where the span does not divide")
 
     def requires(self, module: Module) -> None:
         fold = self.fold(module)
         if self.routes:
-            mor_route.check(self.routes, fold.folding, fold.stack.op, fold.stack.block)
+            route.check(self.routes, fold.folding, fold.stack.op, fold.stack.block)
 
     @property
     def routes(self) -> Routes | None:
@@ -62,12 +65,12 @@ class Mor(Pass):
 
     def run(self, module: Module, notes: Notes) -> Module:
         fold = self.fold(module)
-        after = mor_fold.folded(module, fold, notes)
-        return mor_route.routed(after, self.routes, fold.folding, notes) if self.routes else after
+        after = folds.folded(module, fold, notes)
+        return route.routed(after, self.routes, fold.folding, notes) if self.routes else after
 
     def made(self, before: Module, after: Module, store: Store) -> list[Lazy]:
-        routers = [mor_route.made(after.params[mor_route.ROUTER])] if self.routes else []
-        return [*mor_fold.made(self.fold(before), after, store), *routers]
+        routers = [route.made(after.params[route.ROUTER])] if self.routes else []
+        return [*folds.made(self.fold(before), after, store), *routers]
 
     def ensures(self, before: Module, after: Module) -> None:
         if self.rank == "0" and nbytes(after) >= nbytes(before):
@@ -76,13 +79,13 @@ class Mor(Pass):
     def decided(self, module: Module, store: Store, context: Context) -> Self:
         if self.span != "auto" and self.init != "auto":
             return self
-        from effc.passes import mor_choose
+        from effc.passes.mor import choose
 
         self.requires(module)
         fold, asked = self.fold(module), read_span(self.span)
-        folds = [fold.folding] if asked else [self._folding(fold.stack.layers, s) for s in self._spans(fold)]
-        starts = (fold.init,) if self.init != "auto" or fold.rank else mor_choose.STARTS
-        best = mor_choose.choose(module, store, fold, folds, starts, context)
+        foldings = [fold.folding] if asked else [self._folding(fold.stack.layers, s) for s in self._spans(fold)]
+        starts = (fold.init,) if self.init != "auto" or fold.rank else choose.STARTS
+        best = choose.choose(module, store, fold, foldings, starts, context)
         return replace(self, span=f"{best.folding.first}-{best.folding.last - 1}", init=best.init)
 
     def _spans(self, fold: Fold) -> list[tuple[int, int]]:
@@ -94,26 +97,23 @@ class Mor(Pass):
         return fold(layers, self.recursions, self.share, span, self.uneven)
 
     def training_minutes(self) -> float:
-        return HEALING_MINUTES * (2 if self.baseline else 1)
+        return HEALING_MINUTES
 
     def train(self, module: Module, store: Store, context: Context) -> Store:
-        from effc.passes import mor_heal  # optax and orbax, for who trains
+        from effc.passes.mor import heal  # optax and orbax, for who trains
 
-        if self.baseline:
-            context = replace(context, budget=context.budget.share(0.5))
-            mor_heal.baseline(_arrays_left(module), context)
-        return mor_heal.heal(module, store, context)
+        fitted, healed = heal.heal(module, store, context)
+        if self.baseline != "none":
+            heal.baseline(_arrays_left(module), context, fitted, same=self.baseline)
+        return healed
 
     def calibrates(self) -> bool:
         return self.router != "none"
 
     def calibrate(self, module: Module, store: Store, context: Context, notes: Notes) -> Module:
-        from effc.passes import mor_heal
+        from effc.passes.mor import measure
 
-        depth = mor_heal.depth(module, store, context)
-        notes.chose(
-            f"tokens run {depth:.2f} of {self.recursions} recursions on average, of the text that was trained on"
-        )
+        measure.routed(module, store, context, notes)
         return module
 
     def fold(self, module: Module) -> Fold:

@@ -6,25 +6,22 @@ healed by the same loss, data and budget.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effc.ir.core import Module, Param
-from effc.ir.rewrite import replace_ops
-from effc.passes.mor_choose import SEQUENCES, gap
-from effc.passes.mor_fold import Stack, find_stack
-from effc.passes.mor_route import ROUTER
-from effc.passes.mor_sharing import kept
+from effc.ir.core import Module
+from effc.passes.layers import layer_store, stack_of, with_layers
+from effc.passes.mor.choose import SEQUENCES, gap
+from effc.passes.mor.route import ROUTER
+from effc.passes.mor.sharing import kept
 from effc.runtime import routing
-from effc.runtime.engine import Engine
-from effc.runtime.recursion import mean_depth
-from effc.runtime.train import Fitted, Plan, Tick, chosen, forward_kl, mean
-from effc.weights import Lazy, Store
+from effc.runtime.train import Budget, Fitted, Plan, Tick, chosen, forward_kl, mean
+from effc.weights import Store
 
 if TYPE_CHECKING:
     from effc.passes.context import Context, Model
@@ -41,18 +38,20 @@ ANNEAL = (0.2, 0.6)
 """Progress at which the share of tokens begins to fall, and at which it is what decoding allows."""
 
 
-def heal(module: Module, store: Store, context: Context) -> Store:
+def heal(module: Module, store: Store, context: Context) -> tuple[Fitted, Store]:
     """Trained arrays: forward KL to the input model, all parameters of the folded one."""
     model = context.model(module, store)
     fitted = distill(model, context, _trained(model, context.teacher_module), "folded")
-    return model.store(fitted.params["student"], store)
+    return fitted, model.store(fitted.params["student"], store)
 
 
-def baseline(unique: int, context: Context) -> Fitted:
-    """The same training of the input model with only `unique` of its layers."""
+def baseline(unique: int, context: Context, healed: Fitted, same: Literal["steps", "minutes"]) -> Fitted:
+    """The same training of the input model with only `unique` of its layers, as long as the folded one had."""
     layers, module, store = best_dropped(unique, context)
-    model = context.model(module, store)
-    return distill(model, context, True, f"layers {', '.join(map(str, layers))} alone")
+    steps, minutes = healed.steps, healed.seconds / 60
+    budget = Budget(steps=steps) if same == "steps" else Budget(minutes=minutes)
+    title = f"layers {', '.join(map(str, layers))} alone"
+    return distill(context.model(module, store), replace(context, budget=budget), True, title)
 
 
 def distill(model: Model, context: Context, mask: Any, title: str) -> Fitted:
@@ -102,25 +101,16 @@ def _trained(model: Model, original: Module) -> Any:
     return chosen(model.program.params, "|".join(name for name in model.module.params if name in own))
 
 
-def depth(module: Module, store: Store, context: Context) -> float:
-    """How many recursions tokens run on average, as decoding routes them."""
-    model = context.model(module, store)
-    machine = Engine(model.program, model.params)
-    tokens = context.prompts(SEQUENCES, context.window)
-    _, cache = machine.extend(jnp.asarray(tokens), machine.empty(*tokens.shape))
-    return float(mean_depth(cache))
-
-
 # ---- the baseline
 
 
 def best_dropped(unique: int, context: Context) -> tuple[list[int], Module, Store]:
     """Of some ways to keep `unique` layers the one that is nearest to the input model on training text."""
     module, store = context.teacher_module, context.teacher_store
-    stack = find_stack(module)
-    found = [(layers, *dropped(module, store, stack, layers)) for layers in candidates(stack.layers, unique)]
-    ids = context.batches(SEQUENCES)(0, None)["tokens"][:, :-1]
-    gaps = [gap(context.teacher, context.model(after, made), ids) for _, after, made in found]
+    _, _, layers = stack_of(module)
+    found = [(ids, with_layers(module, ids), layer_store(module, ids, store)) for ids in candidates(layers, unique)]
+    tokens = context.batches(SEQUENCES)(0, None)["tokens"][:, :-1]
+    gaps = [gap(context.teacher, context.model(after, made), tokens) for _, after, made in found]
     return found[int(np.argmin(gaps))]
 
 
@@ -129,18 +119,3 @@ def candidates(layers: int, count: int) -> list[list[int]]:
     gone, whole = layers - count, list(range(layers))
     runs = [whole[:at] + whole[at + gone :] for at in range(1, layers - gone)]
     return [kept(whole, count), *runs[:: max(1, len(runs) // 4)]]
-
-
-def dropped(module: Module, store: Store, stack: Stack, layers: list[int]) -> tuple[Module, Store]:
-    """The module with these layers alone."""
-    shorter = replace(stack.op, attrs={**stack.op.attrs, "times": len(layers)})
-    func = replace_ops(stack.func, lambda op: [shorter] if op is stack.op else None)
-    params = [replace(p, stack=len(layers), path=f"some of {p.path}", over=None, perm=None) for p in stack.params]
-    after = module.with_func(func).with_params(*params)
-    return after, store.replace(_picked(store, params, layers), after)
-
-
-def _picked(store: Store, params: list[Param], layers: list[int]) -> Iterator[Lazy]:
-    for param in params:
-        read = store[param.name].read
-        yield Lazy(param, lambda i, read=read: read(layers[i]))

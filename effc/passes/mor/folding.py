@@ -18,8 +18,8 @@ from effc.ir.ops import attribute
 from effc.ir.rewrite import Names, names_of, replace_ops
 from effc.ir.types import BYTES, Quant, Type, evaluate
 from effc.passes.base import Notes, PassError
-from effc.passes.low_rank import low_rank
-from effc.passes.mor_sharing import Folding, Init
+from effc.passes.mor.low_rank import low_rank
+from effc.passes.mor.sharing import Folding, Init
 from effc.weights import Array, Arrays, Lazy, Store
 
 

@@ -10,10 +10,9 @@ import jax
 import numpy as np
 
 from effc.ir.core import Module
-from effc.passes import mor_fold
 from effc.passes.base import Notes
-from effc.passes.mor_fold import Fold
-from effc.passes.mor_sharing import Folding, Init
+from effc.passes.mor.folding import Fold, folded, made
+from effc.passes.mor.sharing import Folding, Init
 from effc.runtime.train import forward_kl, mean
 from effc.weights import Lazy, Store
 
@@ -30,14 +29,14 @@ T = TypeVar("T")
 
 
 def choose(
-    module: Module, store: Store, fold: Fold, folds: list[Folding], starts: tuple[Init, ...], context: Context
+    module: Module, store: Store, fold: Fold, foldings: list[Folding], starts: tuple[Init, ...], context: Context
 ) -> Fold:
     """The cheapest start for the fold given, then the cheapest of the foldings with it."""
     if fold.rank:  # deltas hide what layers differ by, and cost what they do not share
-        return replace(fold, folding=max(folds, key=lambda folding: likeness(fold, folding, store)))
+        return replace(fold, folding=max(foldings, key=lambda folding: likeness(fold, folding, store)))
     cost = _cost(module, store, context)
     fold = least((replace(fold, init=start) for start in starts), cost)
-    return least((replace(fold, folding=folding) for folding in folds), cost)
+    return least((replace(fold, folding=folding) for folding in foldings), cost)
 
 
 def least(found: Iterable[T], cost: Callable[[T], float]) -> T:
@@ -68,9 +67,9 @@ def _cost(module: Module, store: Store, context: Context) -> Callable[[Fold], fl
     ids = context.batches(SEQUENCES)(0, None)["tokens"][:, :-1]
 
     def cost(fold: Fold) -> float:
-        after = mor_fold.folded(module, fold, Notes())
-        made = store.replace(mor_fold.made(fold, after, store), after)
-        return gap(before, context.model(after, made), ids)
+        after = folded(module, fold, Notes())
+        arrays = store.replace(made(fold, after, store), after)
+        return gap(before, context.model(after, arrays), ids)
 
     return cost
 

@@ -12,7 +12,7 @@ from effc.ir.ops import attribute
 from effc.ir.rewrite import names_of, replace_ops
 from effc.ir.types import Type, evaluate
 from effc.passes.base import Notes, PassError
-from effc.passes.mor_sharing import Folding
+from effc.passes.mor.sharing import Folding
 from effc.weights import Lazy
 
 ROUTER = "routers.w"
