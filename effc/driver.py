@@ -71,11 +71,14 @@ class Settings:
     """Training of all passes together: `500` steps, `10m`, `90s`; empty is what each pass takes by default."""
     work: Path | None = None
     """Where checkpoints of training go; without it a folder beside the artifact that goes when all is done."""
+    max_memory: int = 0
+    """Bytes that the process, or one that it starts, may hold; 0 for as many as it takes."""
 
 
 def optimize(source: Source, out: Path, settings: Settings | None = None, console: Console | None = None) -> Report:
     """Compile `source` into an artifact at `out`; nothing is left there unless all goes well."""
-    settings, clock = settings or Settings(), Clock(console)
+    settings = settings or Settings()
+    clock = Clock(console, settings.max_memory)
     pipeline, asked = _asked(settings)
     artifact.check_free(out, settings.force)
     text, calib = evaluation_text(source, settings), _hash_of(settings.calib)
@@ -98,7 +101,7 @@ def optimize(source: Source, out: Path, settings: Settings | None = None, consol
                     origin = written(origin, spool / "input", advance)
             start = _start(origin, edited)
             context = _context(source, start, settings, text, work_folder(out, settings), console)
-            final, passes = run_passes(start, pipeline, context, asked, spool, _watcher(settings), clock)
+            final, passes = run_passes(start, pipeline, context, asked, spool, _watcher(settings), clock, steps)
             with clock.step("write", nbytes(final.module)) as advance:
                 final = placed(final, work, advance)
                 origin = final if final.module == origin.module else origin

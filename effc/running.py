@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,13 +27,17 @@ PROBE_TOKENS = 32
 
 
 def run_passes(
-    start: State, pipeline: Pipeline, context: Context, asked: Budget | None, spool: Path, watch: Watch, clock: Clock
-) -> tuple[State, list[PassReport]]:
-    """Every pass on structure and arrays, each held to its exactness on real tokens; then heal, then calibrate."""
+    start: State, pipeline: Pipeline, context: Context, asked: Budget | None, spool: Path, watch: Watch, clock: Clock,
+    planned: Sequence[Step] = (),
+) -> tuple[State, list[PassReport]]:  # fmt: skip
+    """Every pass on structure and arrays, each held to its exactness on real tokens; then heal, then calibrate.
+
+    planned: the passes on structure alone; not run again where they hold.
+    """
     ordered = pipeline.ordered()
     first = [made_by for made_by in ordered if made_by.phase <= Phase.HEAL]
     with clock.step("passes"):
-        run = _Run(start, context, spool, watch, healing.budgets(ordered, asked))
+        run = _Run(start, context, spool, watch, healing.budgets(ordered, asked), planned)
         for made_by in first:
             run.step(made_by)
     if healing.training(first):
@@ -51,8 +55,12 @@ def run_passes(
 class _Run:
     """The state as passes run, and what is to be said of each."""
 
-    def __init__(self, start: State, context: Context, spool: Path, watch: Watch, budgets: Mapping[str, Budget]):
+    def __init__(
+        self, start: State, context: Context, spool: Path, watch: Watch, budgets: Mapping[str, Budget],
+        planned: Sequence[Step],
+    ):  # fmt: skip
         self.state, self.context, self.spool, self.watch, self.budgets = start, context, spool, watch, budgets
+        self.planned = {step.made_by: step for step in planned}
         self.reports: dict[str, PassReport] = {}
         self.ran: list[Pass] = []
         watch("input", start.module)
@@ -63,12 +71,17 @@ class _Run:
         context = replace(self.context, name=made_by.name, budget=self.budgets.get(made_by.name, Budget()))
         made_by = made_by.decided(self.state.module, self.state.store, context)
         self.ran.append(made_by)
-        step = runner.step(made_by, self.state.module)
+        step = self._structure(made_by)
         self.watch(made_by.name, step.after)
         self.state = _with_arrays(step, self.state, self.spool / made_by.name, context)
         gap = None if step.after == step.before else self.probe.hold(made_by, self.state)
         runs = healing.trained(self.context, made_by)
         self.reports[made_by.name] = replace(_reported(step, gap), trained=runs)
+
+    def _structure(self, made_by: Pass) -> Step:
+        """As planned where nothing was decided since; else run on the module as it is."""
+        step = self.planned.get(made_by)
+        return step if step and step.before == self.state.module else runner.step(made_by, self.state.module)
 
     def heal(self) -> None:
         before = self.state.store
