@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,6 +116,14 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}, want 1 or more")
     return value
+
+
+def memory(text: str) -> int:
+    """Bytes, for argparse: 3GB, 800MB, 2.5 GB, or a plain number."""
+    found = re.fullmatch(r"(\d*\.?\d+)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size, want the like of 3GB or 800MB")
+    return int(float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[2].upper()])
 
 
 def show(args: argparse.Namespace, what: Shown) -> None:

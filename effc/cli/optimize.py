@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from effc.cli.arguments import json_option, model_options, progress_console, show, verb
+from effc.cli.arguments import json_option, memory, model_options, progress_console, show, verb
 from effc.errors import EffcError
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--work", type=Path, metavar="DIR", help="keep checkpoints of training here; the same command resumes"
     )
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
+    parser.add_argument(
+        "--max-memory", type=memory, default=0, metavar="SIZE", help="stop, writing nothing, where it takes more: 3GB"
+    )
     parser.add_argument("--no-speed", action="store_true", help="leave tokens/s out of the report")
     parser.add_argument("--export", action="store_true", help="also write StableHLO programs (jax.export)")
     _ir_options(parser)
@@ -108,4 +111,5 @@ def _settings(args: argparse.Namespace) -> Settings:
         print_ir=args.print_ir_after_all,
         heal=args.heal,
         work=args.work,
+        max_memory=args.max_memory,
     )

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from effc.cli import main, make_parser
+from effc.cli.arguments import memory
 
 VERBS = [
     "optimize", "plan", "distill", "generate", "inspect", "opt", "diff", "passes", "eval", "bench", "bisect", "compile",
@@ -95,3 +96,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out.startswith("effc 0.")
+
+
+def test_sizes_of_memory() -> None:
+    assert [memory(text) for text in ("3GB", "800MB", "2.5 gb", "4096", "1K")] == [
+        3 * 10**9, 8 * 10**8, 25 * 10**8, 4096, 1000,
+    ]  # fmt: skip
+    for wrong in ("", "lots", "0", "-1GB", "3TB"):
+        with pytest.raises(argparse.ArgumentTypeError, match="no size"):
+            memory(wrong)

@@ -59,9 +59,12 @@ def test_two_billion_parameters_take_less_than_three_gigabytes(tmp_path: Path) -
     source.mkdir()
     count = checkpoint(source)
     assert count > 1.98e9
-    words = ["optimize", source, "--passes", "quant4{method=absmax}", "--no-speed", "--eval-tokens", "8", "-o", out]
-    code = "import sys; from effc.cli import main; sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=1500)
+    code = (
+        "import sys, effc; effc.optimize(sys.argv[1], sys.argv[2], 'quant4{method=absmax}', speed=False, "
+        f"eval_tokens=8, window=8, max_memory={LIMIT})"
+    )
+    words = [sys.executable, "-c", code, str(source), str(out)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "report.json").read_text())
     print(f"{count} parameters, peak {report['peak_bytes'] / 1e9:.2f} GB, {report['seconds']}")
