@@ -10,7 +10,7 @@ from effc.errors import EffcError
 
 def test_steps_that_take_too_much_memory_end() -> None:
     clock = Clock(limit=1)
-    with pytest.raises(EffcError, match="lower: .* of memory were held, want 0.00 GB at most"), clock.step("lower"):
+    with pytest.raises(EffcError, match=r"lower: .* of memory were held, want 0.00 GB at most"), clock.step("lower"):
         pass
     with pytest.raises(EffcError, match="write"), Clock(limit=1).step("write") as advance:
         advance(1)
