@@ -20,8 +20,9 @@ from effc.runtime.weights import load_params
 
 PROMPT, GENERATED = 128, 65
 
-ENOUGH = 5.0
-"""Seconds after which no more runs are timed; there are at least one and at most RUNS."""
+ENOUGH, LEAST = 5.0, 1.0
+"""Seconds after which no more runs are timed however few there were, and before which RUNS are not enough: small
+models generate 64 tokens in 15 ms, and one such run says little."""
 
 RUNS = 3
 
@@ -36,11 +37,15 @@ def run(source: str, weights: Path) -> dict[str, float]:
     ids = [1 + i % 7 for i in range(prompt)]
     generate(engine, [ids], max_new_tokens=2)
     start, timed = time.perf_counter(), list[Stats]()
-    while len(timed) < RUNS and (not timed or time.perf_counter() - start < ENOUGH):
+    while not timed or _more(len(timed), time.perf_counter() - start):
         timed.append(generate(engine, [ids], max_new_tokens=generated).stats)
     prefill, decode = [s.prefill_rate for s in timed], [s.decode_rate for s in timed]
-    means = {"prefill": statistics.mean(prefill), "decode": statistics.mean(decode)}
-    return {**means, "prompt": prompt, "generated": generated, "spread": statistics.pstdev(decode)}
+    middle = {"prefill": statistics.median(prefill), "decode": statistics.median(decode)}
+    return {**middle, "prompt": prompt, "generated": generated, "spread": statistics.pstdev(decode)}
+
+
+def _more(runs: int, seconds: float) -> bool:
+    return seconds < (ENOUGH if runs < RUNS else LEAST)
 
 
 def sizes(context: int | None) -> tuple[int, int]:
