@@ -7,7 +7,7 @@ order they run, which is the same in every call, so entries are a plain list, on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,29 +15,55 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effc.runtime import coded
 from effc.runtime.kernels.region.record import recorded
 
+EXACT = "exact"
+"""Kind of the rows that are never kept narrower than they are."""
 
-@partial(jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("heads",))
+
+@partial(jax.tree_util.register_dataclass, data_fields=("values",), meta_fields=("heads", "kind"))
 @dataclass(frozen=True)
 class Rows:
     """Values of all tokens so far; rows at and past a sequence's length mean nothing.
 
     Where heads is g > 0 values are [b*g,S,d], for [b,S,g,d]: products with keys then read the array
     that is updated in place as it is (a reshape between makes XLA copy it). Else [b,S,...].
+    kind: what the program asks for, one of coded.KINDS, or EXACT; `float` may be kept narrower.
     """
 
     values: tuple[jax.Array, ...]
     heads: tuple[int, ...]
+    kind: str = "float"
+
+    @staticmethod
+    def of(values: Sequence[jax.Array], kind: str) -> Rows:
+        """Values [b,t,...] as they are kept; keys and values of attention come first."""
+        heads = tuple(value.shape[2] if value.ndim == 4 else 0 for value in values)
+        return Rows(_coded(tuple(map(inner, values)), heads, kind), heads, kind)
 
     def all(self) -> tuple[jax.Array, ...]:
         """Each as [b,S,...]."""
-        return tuple(_outer(value, g) for value, g in zip(self.values, self.heads, strict=True))
+        return tuple(held(value, heads=g) if g else value for value, g in zip(self.values, self.heads, strict=True))
 
     def empty(self, capacity: int) -> Rows:
         """Zeros with room for `capacity` tokens a sequence."""
         zeros = [jnp.zeros((x.shape[0], capacity, *x.shape[2:]), x.dtype) for x in self.values]
-        return Rows(tuple(zeros), self.heads)
+        return replace(self, values=tuple(zeros))
+
+    def kept_as(self, kind: str) -> Rows:
+        """The same where the program leaves it open how keys and values are kept."""
+        if self.kind != "float" or kind == "float":
+            return self
+        return replace(self, values=_coded(self.values, self.heads, kind), kind=kind)
+
+
+def _coded(values: Sequence[jax.Array], heads: Sequence[int], kind: str) -> tuple[jax.Array, ...]:
+    """Keys and values, which come first, as stored; not what has no heads, or is half as wide already."""
+    if kind == EXACT:
+        return tuple(values)
+    first = [coded.encode(x, kind) if g and x.dtype == jnp.float32 else x for x, g in zip(values[:2], heads)]
+    return (*first, *values[2:])
 
 
 class Entry(Protocol):
@@ -45,6 +71,10 @@ class Entry(Protocol):
 
     def empty(self, capacity: int) -> Any:
         """The same, with nothing in it and room for `capacity` tokens a sequence."""
+        ...
+
+    def kept_as(self, kind: str) -> Any:
+        """The same, its keys and values kept as that kind where the program leaves that open."""
         ...
 
 
@@ -70,12 +100,11 @@ def inner(value: jax.Array) -> jax.Array:
     return value.swapaxes(1, 2).reshape(b * g, t, d)
 
 
-def _outer(stored: jax.Array, heads: int) -> jax.Array:
-    """A stored value as [b,S,...]."""
-    if not heads:
-        return stored
-    rows, S, d = stored.shape
-    return stored.reshape(rows // heads, heads, S, d).swapaxes(1, 2)
+@recorded
+def held(stored: jax.Array, *, heads: int) -> jax.Array:
+    """[b,S,g,d] of a stored value by head; floats as they are stored."""
+    rows, S = stored.shape[:2]
+    return coded.decode(stored.reshape(rows // heads, heads, S, -1).swapaxes(1, 2))
 
 
 class Step:
@@ -91,16 +120,16 @@ class Step:
         self.lengths = jnp.zeros(self._batch, jnp.int32) if cache is None else cache.lengths
         self.positions = self.lengths[:, None] + jnp.arange(self._count, dtype=jnp.int32)[None, :]
 
-    def append(self, *values: jax.Array) -> tuple[jax.Array, ...]:
-        """Each [b,t,...] after the rows kept so far: [b,S,...]."""
-        heads = tuple(value.shape[2] if value.ndim == 4 else 0 for value in values)
+    def append(self, *values: jax.Array, cache: str = "float") -> tuple[jax.Array, ...]:
+        """Each [b,t,...] after the rows kept so far, [b,S,...]; keys and values first, kept as `cache` says."""
         if self._before is None:
-            stored = tuple(map(inner, values))
+            rows = Rows.of(values, cache)
         else:
-            kept = self._before.entries[len(self._after)].values
-            stored = tuple(_grown(old, new, self.lengths) for old, new in zip(kept, values, strict=True))
-        self._after.append(Rows(stored, heads))
-        return self._after[-1].all()
+            rows = self._before.entries[len(self._after)]
+            stored = tuple(_grown(old, new, self.lengths) for old, new in zip(rows.values, values, strict=True))
+            rows = replace(rows, values=stored)
+        self._after.append(rows)
+        return rows.all()
 
     def previous(self) -> tuple[jax.Array, ...] | None:
         """The last row of each sequence, [b,...], of what the next `append` appends to; None without a cache.
@@ -168,8 +197,8 @@ def _grown(old: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
 
 @recorded
 def append(old: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
-    """`old` [b*g,S,d] or [b,S,...] with rows `new` [b,t,...] of sequence i from row lengths[i] on."""
-    return write(old, inner(new), lengths)
+    """`old` [b*g,S,m] with rows `new` [b,t,g,d], as `old` keeps them, of sequence i from row lengths[i] on."""
+    return write(old, coded.encode(inner(new), coded.kind_of(old)), lengths)
 
 
 def write(old: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -186,6 +215,11 @@ def cache_shapes(extend: Callable[..., Any], params: Any, batch: int) -> Cache:
     """Shapes of a cache for `extend(params, tokens, cache)`, read off one abstract call; a row a sequence."""
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
     return jax.eval_shape(lambda p, x: extend(p, x)[1], params, tokens)
+
+
+def kept_as(shapes: Cache, kind: str) -> Cache:
+    """Shapes of the same cache, keys and values as `kind` where the program leaves that open."""
+    return jax.eval_shape(lambda cache: replace(cache, entries=tuple(e.kept_as(kind) for e in cache.entries)), shapes)
 
 
 def empty_cache(shapes: Cache, capacity: int) -> Cache:

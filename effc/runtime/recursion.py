@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effc.runtime.cache import Cache, Rows, Step, inner, write
+from effc.runtime.cache import Cache, Rows, Step, write
 from effc.runtime.routing import Routing, admitted, training
 
 Body = Callable[..., jax.Array]
@@ -40,6 +40,10 @@ class Depth:
         rows = min(capacity, math.ceil(self.share * capacity) + self.slack) + 1
         return Depth(jnp.zeros_like(self.lengths), tuple(e.empty(rows) for e in self.entries), self.share, self.slack)
 
+    def kept_as(self, kind: str) -> Depth:
+        """As `Rows`."""
+        return replace(self, entries=tuple(e.kept_as(kind) for e in self.entries))
+
 
 class Gathered:
     """The step of gathered tokens: the first valid[b] of n after lengths[b] rows that their depth keeps."""
@@ -49,15 +53,15 @@ class Gathered:
         self._before, self._after = entries, list[Rows]()
         self.positions = lengths[:, None] + jnp.arange(n, dtype=jnp.int32)[None]
 
-    def append(self, *values: jax.Array) -> tuple[jax.Array, ...]:
+    def append(self, *values: jax.Array, cache: str = "float") -> tuple[jax.Array, ...]:
         """Each [b,n,...] after the rows of its depth."""
-        heads = tuple(value.shape[2] if value.ndim == 4 else 0 for value in values)
-        stored = tuple(map(inner, values))
-        if self._before is not None:
-            kept = self._before[len(self._after)].values
-            stored = tuple(self._write(old, new) for old, new in zip(kept, stored, strict=True))
-        self._after.append(Rows(stored, heads))
-        return self._after[-1].all()
+        before = self._before[len(self._after)] if self._before is not None else None
+        rows = Rows.of(values, before.kind if before else cache)
+        if before is not None:
+            stored = tuple(self._write(old, new) for old, new in zip(before.values, rows.values, strict=True))
+            rows = replace(rows, values=stored)
+        self._after.append(rows)
+        return rows.all()
 
     def _write(self, old: jax.Array, new: jax.Array) -> jax.Array:
         """Rows that are not tokens fall off the end, or onto the row that is spare."""
@@ -79,7 +83,7 @@ class Borrowing:
     def __init__(self, positions: jax.Array, entries: Sequence[Rows]):
         self.positions, self._entries = positions, list(entries)
 
-    def append(self, *values: jax.Array) -> tuple[jax.Array, ...]:
+    def append(self, *values: jax.Array, cache: str = "float") -> tuple[jax.Array, ...]:
         """Rows of depth 0 for the same layer."""
         return self._entries.pop(0).all()
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from effc.runtime.cache import Step
+from effc.runtime.cache import EXACT, Step
 
 
 def window(step: Step, body: Callable[..., Any], *values: Array, fixed: int = 0, lookback: int = -1) -> Any:
@@ -22,7 +22,7 @@ def window(step: Step, body: Callable[..., Any], *values: Array, fixed: int = 0,
     rows, rest = values[: len(values) - fixed], values[len(values) - fixed :]
     if lookback == 0:
         return body(*values)
-    full = step.append(*rows)
+    full = step.append(*rows, cache=EXACT)
     if not step.cached:
         return body(*full, *rest)
     count = rows[0].shape[1]
@@ -56,7 +56,7 @@ def running(step: Step, x: Array, *, fn: str) -> Array:
     if before is not None:
         some = _each(step.lengths > 0, total.ndim)
         total = jnp.where(some, both(before[0][:, None], total).astype(x.dtype), total)
-    step.append(total)
+    step.append(total, cache=EXACT)
     return total
 
 
@@ -78,7 +78,7 @@ def recur(step: Step, body: Callable[..., Any], *operands: Array, consts: int, c
 
     count = step.positions.shape[1]
     out = jax.vmap(lambda first, items: lax.scan(advance, first, items, count)[1])(tuple(state), tuple(rows))
-    step.append(*out[:carry])
+    step.append(*out[:carry], cache=EXACT)
     results = out[carry:]
     return results[0] if len(results) == 1 else results
 

@@ -44,8 +44,13 @@ def room(rows: int, width: int) -> Place:
 
 
 def is_view(step: Step) -> bool:
-    """Whether it computes nothing."""
-    return step.name in _VIEWS
+    """Whether it computes nothing, or only what attention reads as it lies."""
+    return step.name in _VIEWS or is_layer(step, "held")
+
+
+def is_layer(step: Step, name: str) -> bool:
+    """Whether it is a recorded layer of that name."""
+    return step.eqn.primitive is record.LAYER and step.params["name"] == name
 
 
 def reference(step: Step, args: Sequence[Any]) -> Any:
@@ -63,7 +68,7 @@ def join(former: Former, step: Step) -> bool:
     if step.name in FUNCTIONS:
         return _map(former, step)
     take = _OTHERS.get(step.name)
-    return take is not None and take(former, step)
+    return take is not None and step.ins[0] not in former.caches and take(former, step)
 
 
 def _wide(aval: Any) -> bool:
@@ -209,15 +214,9 @@ def _attention(former: Former, step: Step, args: _Args) -> bool:
 
 
 def _cache_of(former: Former, atom: Any) -> Slot | None:
-    """The cache [b*g,S,d] that a value [b,S,g,d] is a view of."""
-    turn = former.views.get(atom)
-    if turn is None or turn.name != "transpose" or tuple(turn.params["permutation"]) != (0, 2, 1, 3):
-        return None
-    split = former.views.get(turn.ins[0])
-    if split is None or split.name != "reshape" or split.ins[0] not in former.caches:
-        return None
-    batch, heads, *rest = split.out().shape
-    return former.caches[split.ins[0]] if (batch * heads, *rest) == split.shape() else None
+    """The cache [b*g,S,m] that a value [b,S,g,d] is what it holds of."""
+    view = former.views.get(atom)
+    return former.caches.get(view.ins[0]) if view is not None and is_layer(view, "held") else None
 
 
 def _map(former: Former, step: Step) -> bool:
@@ -261,7 +260,7 @@ def _operand(former: Former, step: Step, i: int, rows: int, width: int) -> tuple
 def _reshape(former: Former, step: Step) -> bool:
     """The same numbers in the same rows, or in others where they lie so."""
     place = former.places.get(step.ins[0])
-    if place is None or step.ins[0] in former.caches or not _wide(step.out()):
+    if place is None or not _wide(step.out()):
         return False
     lies = place.reshaped(*rows_of(step.out().shape))
     if lies is None:
