@@ -18,7 +18,7 @@ def stepwise(layers: int, keep: int) -> tuple[int, ...]:
         raise EffcError(f"layers={keep}: want 1 to {layers}, which the model has")
     if keep == 1:
         return (0,)
-    return tuple(round(i * (layers - 1) / (keep - 1)) for i in range(keep))
+    return tuple((2 * i * (layers - 1) + keep - 1) // (2 * (keep - 1)) for i in range(keep))
 
 
 def stack_of(module: Module) -> tuple[Func, Op, int]:

@@ -6,6 +6,7 @@ where branches of a `cond` may copy them. The width 0 is plain decoding, so not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,13 +66,29 @@ class Drafter(Protocol):
         ...
 
 
+MANY = 8
+"""Sequences at which costs are measured a second time: a fuller batch pays more for each token it verifies."""
+
+
 @dataclass(frozen=True)
 class Widths:
-    """Draft lengths that are compiled, from 0 up; in plain steps, what verifying n tokens costs and making one."""
+    """Draft lengths that are compiled, from 0 up; in plain steps, what verifying n tokens costs and making one.
+
+    many: both for MANY sequences at once, where they were measured.
+    """
 
     sizes: tuple[int, ...]
     costs: tuple[float, ...]
     draft: float = 0.0
+    many: tuple[tuple[float, ...], float] | None = None
+
+    def at(self, rows: int) -> Widths:
+        """With the costs of a batch of so many sequences: between those measured, by its logarithm."""
+        if self.many is None or rows == 1:
+            return self
+        share, (curve, draft) = min(1.0, math.log(rows, MANY)), self.many
+        costs = tuple((1 - share) * one + share * other for one, other in zip(self.costs, curve, strict=True))
+        return Widths(self.sizes, costs, (1 - share) * self.draft + share * draft)
 
     @property
     def most(self) -> int:
@@ -89,11 +106,17 @@ class Widths:
         return jnp.minimum(wanted, fits)
 
 
-def widths(gamma: int, verify: Sequence[float], draft: float = 0.0) -> Widths:
+def widths(
+    gamma: int, verify: Sequence[float], draft: float = 0.0, many: tuple[Sequence[float], float] | None = None
+) -> Widths:
     """For drafts of up to gamma tokens; verify[k] is what a call on k+1 tokens costs, in calls on one."""
     sizes = (0, gamma) if gamma < 4 else (0, (gamma + 1) // 2, gamma)
-    curve = [verify[min(n, len(verify) - 1)] for n in range(gamma + 1)]
-    return Widths(sizes, tuple(curve[next(s for s in sizes if s >= n)] for n in range(gamma + 1)), draft)
+
+    def costs(curve: Sequence[float]) -> tuple[float, ...]:
+        sent = (next(s for s in sizes if s >= n) for n in range(gamma + 1))
+        return tuple(curve[min(n, len(curve) - 1)] for n in sent)
+
+    return Widths(sizes, costs(verify), draft, many and (costs(many[0]), many[1]))
 
 
 @partial(
@@ -138,7 +161,9 @@ class Loop:
     ) -> tuple[State, jax.Array]:
         """The state after rounds until a row has `chunk` tokens more, and those, i32[b,chunk+G], NONE in between."""
         rows = state["token"].shape[0]
-        out = jnp.full((rows, chunk + self.widths.most), NONE, jnp.int32)
+        # A row that has ended may lie a whole round past `chunk`; what the rounds of others write there, nothing,
+        # needs room too: an update that does not fit is moved, over tokens.
+        out = jnp.full((rows, chunk + 2 * self.widths.most + 1), NONE, jnp.int32)
         carry = (state, out, jnp.zeros(rows, jnp.int32))
 
         def going(carry: Any) -> jax.Array:
@@ -153,7 +178,7 @@ class Loop:
             return carry
 
         state, out, _ = lax.while_loop(going, turns, carry)
-        return state, out
+        return state, out[:, : chunk + self.widths.most]
 
     def first(self, params: Any, state: State, numbers: Numbers) -> State:
         """The state with the first drafts."""

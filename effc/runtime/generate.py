@@ -270,12 +270,17 @@ class _Run:
         """Whether no row goes on."""
         return all(done or left == 0 for done, left in zip(self.done, self.left, strict=True))
 
+    def position(self) -> tuple[list[int], list[bool]]:
+        """Tokens that each row may still have, and which rows have ended."""
+        return self.left.tolist(), list(self.done)
+
     def account(self) -> None:
         """What drafts and exits came to, for the stats."""
         self.result.stats.exits = told(self.state)
         tally = self.state.get("tally")
         if tally is not None and self.engine.speculation:
-            self.result.stats.draft = counted(tally, self.engine.speculation.widths, self.result.stats.decode_seconds)
+            widths = self.engine.speculation.widths.at(len(self.lengths))
+            self.result.stats.draft = counted(tally, widths, self.result.stats.decode_seconds)
             self.result.stats.levels = _shares(self.state["table"])
 
 

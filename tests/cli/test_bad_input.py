@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,15 @@ def test_an_artifact_that_was_changed(artifact: Path, tmp_path: Path, capsys: An
     assert out == "" and "model.safetensors: changed" in err
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGINT interrupts, also where the shell started the tests in the background and has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("step", ["lower", "write_manifest"])
 def test_interrupted(tiny: Path, text: Path, out: Path, capsys: Any, monkeypatch: Any, step: str) -> None:
     """A real SIGINT at a known place: exit 130, one line, no folder left."""
@@ -171,6 +180,7 @@ def test_interrupted(tiny: Path, text: Path, out: Path, capsys: Any, monkeypatch
     assert nothing_left(out)
 
 
+@pytest.mark.usefixtures("heard")
 def test_interrupted_over_an_old_artifact(artifact: Path, tiny: Path, text: Path, out: Path, monkeypatch: Any) -> None:
     """The artifact that was to be replaced stays as it was."""
     shutil.copytree(artifact, out)
