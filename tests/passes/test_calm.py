@@ -135,8 +135,13 @@ def test_a_module_with_wrong_exits_is_told_what_is_wrong(made: Make):
         assert any(why in str(fault) for fault in faults), (new, faults)
 
 
-@pytest.mark.parametrize("measure", ["softmax", "state", "classifier"])
-@pytest.mark.parametrize("threshold", [0.0, 0.02, 1.0])
+EVERY = [(measure, threshold) for measure in ("softmax", "state", "classifier") for threshold in (0.0, 0.02, 1.0)]
+SAMPLE = {("softmax", 0.02), ("classifier", 0.0), ("state", 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("measure", "threshold"), [pytest.param(*p, marks=() if p in SAMPLE else pytest.mark.slow) for p in EVERY]
+)
 def test_the_program_gives_what_the_interpreter_gives(made: Make, measure: str, threshold: float):
     module, store = made(measure=measure)
     threshold = threshold if measure == "softmax" or threshold in (0.0, 1.0) else 0.6

@@ -97,8 +97,13 @@ def test_one_is_the_full_model_bit_for_bit_and_zero_is_the_first_exit(measure):
     assert (_extend(params, TOKENS, threshold=0.0, measure=measure)[1] == AT[0]).all()
 
 
-@pytest.mark.parametrize("measure", MEASURES)
-@pytest.mark.parametrize("rows", ["masked", "wait"])
+EVERY = [(measure, rows) for measure in MEASURES for rows in ("masked", "wait")]
+SAMPLE = {("softmax", "masked"), ("state", "wait")}
+
+
+@pytest.mark.parametrize(
+    ("measure", "rows"), [pytest.param(*p, marks=() if p in SAMPLE else pytest.mark.slow) for p in EVERY]
+)
 def test_skipping_gives_what_masking_gives(measure, rows):
     params = _arrays()
     options = {"measure": measure, "rows": rows}
