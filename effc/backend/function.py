@@ -250,9 +250,12 @@ class Body:
         keyed, asked = _rows(op)
         keys, values, *mine = map(syntax.name, self.keys)
         args = [self.value(op.inputs[0]), keys, values, expr("step.positions"), *functions]
-        if keyed or asked:
+        sinks = op.params.get("sinks")
+        if keyed or asked or sinks:
+            args += [] if functions else [syntax.name("None")]
             others = [self.value(name) for name in op.inputs[3 + keyed : 3 + keyed + asked]]
             args += [syntax.sequence(mine), syntax.sequence(others)]
+            args += [self.param(sinks)] if sinks else []
         return call("attention", args, self._keywords(op))
 
     def _const(self, op: Op) -> Expr:

@@ -11,6 +11,7 @@ import numpy as np
 from effc.errors import EffcError
 from effc.frontend.captured import Growing, table_of
 from effc.frontend.encode import IDENTITY, INLINED, RENAMED, dtype_name, encode, number
+from effc.frontend.equations import callee, location, needed, of_library, scan_counts
 from effc.frontend.graph import Graph
 from effc.frontend.pairs import Pair, halves, has_pairs, is_complex, paired
 from effc.frontend.trace import B, T, Traced, formula
@@ -157,18 +158,19 @@ class _Importer:
         return Type(dtype, tuple(self.size(int(x), int(y), where) for x, y in zip(p.shape, q.shape, strict=True)))
 
     # -- equations --------------------------------------------------------------------------------------
-    def run(self, first: Any, second: Any, env: dict[Any, str]) -> list[str]:
-        """Import the equations of two jaxprs that must be op for op alike; returns their results."""
-        if len(first.eqns) != len(second.eqns):
-            self._differs(first.eqns, second.eqns)
-        for p, q in zip(first.eqns, second.eqns, strict=True):
-            if p.primitive.name != q.primitive.name:
-                self._differs(first.eqns, second.eqns)
-            self.equation(p, q, env)
-        return [self.operand(p, q, env, Loc()) for p, q in zip(first.outvars, second.outvars, strict=True)]
+    def run(self, first: Any, second: Any, env: dict[Any, str], wanted: Sequence[bool] | None = None) -> list[str]:
+        """Import the equations of two jaxprs that must be op for op alike; returns the results that are wanted."""
+        one, two = needed(first, wanted), needed(second, wanted)
+        if [p.primitive.name for p, _ in one] != [q.primitive.name for q, _ in two]:
+            self._differs([p for p, _ in one], [q for q, _ in two])
+        for (p, used), (q, _) in zip(one, two, strict=True):
+            self.equation(p, q, env, used)
+        flags = wanted or [True] * len(first.outvars)
+        outvars = zip(first.outvars, second.outvars, flags, strict=True)
+        return [self.operand(p, q, env, Loc()) if flag else "" for p, q, flag in outvars]
 
-    def equation(self, p: Any, q: Any, env: dict[Any, str]) -> None:
-        """Import one equation."""
+    def equation(self, p: Any, q: Any, env: dict[Any, str], used: Sequence[bool]) -> None:
+        """Import one equation, of whose results some are used."""
         name, loc = p.primitive.name, location(p)
         if self.module and not loc.module.startswith(self.module):
             loc = replace(loc, module=f"{self.module}/{loc.module}".rstrip("/"))
@@ -181,29 +183,26 @@ class _Importer:
             results = self.pairs(p, q, operands, loc)
         elif name in INLINED:
             outer = self.module, self.site
-            self.module, self.site = loc.module, loc if loc.file and _of_library(p) else self.site
-            results = self.call(p, q, operands)
+            self.module, self.site = loc.module, loc if loc.file and of_library(p) else self.site
+            results = self.body(callee(p), callee(q), operands, used)
             self.module, self.site = outer
         elif name == "scan":
-            results = self.scan(p, q, operands, loc)
+            results = self.scan(p, q, operands, loc, used)
         else:
             results = self.primitive(p, q, operands, loc)
         for var, result in zip(p.outvars, results, strict=True):
             env[var] = result
 
-    def call(self, p: Any, q: Any, operands: list[str]) -> list[str]:
-        """Import a called jaxpr in its caller's place."""
-        first, second = _callee(p), _callee(q)
-        return self.body(first, second, operands)
-
-    def body(self, first: Any, second: Any, operands: Sequence[str]) -> list[str]:
-        """Import a closed or open jaxpr with `operands` for its inputs."""
+    def body(
+        self, first: Any, second: Any, operands: Sequence[str], wanted: Sequence[bool] | None = None
+    ) -> list[str]:  # fmt: skip
+        """Import a closed or open jaxpr, with `operands` for its inputs, in its caller's place."""
         env: dict[Any, str] = {}
         if type(first).__name__ == "ClosedJaxpr":
             self.constants_of(first, second, env)
             first, second = first.jaxpr, second.jaxpr
         env |= dict(zip(first.invars, operands, strict=True))
-        return self.run(first, second, env)
+        return self.run(first, second, env, wanted)
 
     def primitive(self, p: Any, q: Any, operands: list[str], loc: Loc) -> list[str]:
         """Import one primitive op."""
@@ -229,10 +228,10 @@ class _Importer:
         return found
 
     # -- scans ------------------------------------------------------------------------------------------
-    def scan(self, p: Any, q: Any, operands: list[str], loc: Loc) -> list[str]:
+    def scan(self, p: Any, q: Any, operands: list[str], loc: Loc, used: Sequence[bool]) -> list[str]:
         """Unroll a scan of fixed length (layers); keep one over tokens as an op with a body."""
         if p.params["length"] == q.params["length"]:
-            return self._unrolled(p, q, operands, loc)
+            return self._unrolled(p, q, operands, loc, used)
         inner = self.inner()
         first, second = p.params["jaxpr"], q.params["jaxpr"]
         types = [
@@ -255,23 +254,24 @@ class _Importer:
         body = rename(plain, {name: f"{name}{mark}" for name in plain.types()})
         return self.graph.add("lax.scan", operands, outs, attrs=attrs, regions={"body": body}, loc=loc)
 
-    def _unrolled(self, p: Any, q: Any, operands: list[str], loc: Loc) -> list[str]:
+    def _unrolled(self, p: Any, q: Any, operands: list[str], loc: Loc, used: Sequence[bool]) -> list[str]:
         (consts, carried), length = scan_counts(p), p.params["length"]
         fixed, state, xs = (
             operands[:consts],
             operands[consts : consts + carried],
             operands[consts + carried :],
         )
+        wanted = [*(True for _ in state), *used[carried:]]
         collected: list[list[str]] = []
         turns = range(length - 1, -1, -1) if p.params["reverse"] else range(length)
         for i in turns:
             items = [self.item(x, i, loc) for x in xs]
-            results = self.body(p.params["jaxpr"], q.params["jaxpr"], [*fixed, *state, *items])
+            results = self.body(p.params["jaxpr"], q.params["jaxpr"], [*fixed, *state, *items], wanted)
             state = results[:carried]
             collected.append(results[carried:])
         if p.params["reverse"]:
             collected.reverse()
-        return [*state, *(self._stacked(ys, loc) for ys in zip(*collected, strict=True))]
+        return [*state, *(self._stacked(ys, loc) if ys[0] else "" for ys in zip(*collected, strict=True))]
 
     def item(self, name: str, i: int, loc: Loc) -> str:
         """The i-th piece along the first axis; of a parameter, a parameter of its own."""
@@ -350,38 +350,3 @@ def param_slice(graph: Graph, name: str, axis: int, i: int) -> str | None:
     new = replace(whole, name=f"{whole.name}[{':,' * axis}{i}]", type=Type(whole.type.dtype, shape), path=path)
     graph.params[new.name] = new
     return graph.add("param", (), new.type, params={"value": new.name})[0]
-
-
-def scan_counts(equation: Any) -> tuple[int, int]:
-    """How many constants and carries a scan has: what is scanned or collected has one axis more outside."""
-    body = equation.params["jaxpr"].jaxpr
-    scanned = sum(len(v.aval.shape) > len(b.aval.shape) for v, b in zip(equation.invars, body.invars, strict=True))
-    collected = sum(len(v.aval.shape) > len(b.aval.shape) for v, b in zip(equation.outvars, body.outvars, strict=True))
-    carry = len(equation.outvars) - collected
-    return len(equation.invars) - carry - scanned, carry
-
-
-def location(equation: Any) -> Loc:
-    """Flax module path, and the user's source line, of an equation."""
-    info = equation.source_info
-    stack = str(info.name_stack)
-    for frame in info.traceback.frames if info.traceback else ():
-        path = str(frame.file_name)
-        if not any(f"/{package}/" in path for package in ("jax", "flax", "_src")) and not path.startswith("<"):
-            return Loc(stack, "/".join(path.rsplit("/", 2)[-2:]), int(frame.line_num))
-    return Loc(stack)
-
-
-def _of_library(equation: Any) -> bool:
-    """Whether a called function is JAX's or Flax's own: traced once, its ops tell of the first call only."""
-    jaxpr = _callee(equation)
-    info = getattr(getattr(jaxpr, "jaxpr", jaxpr), "debug_info", None)
-    source = str(getattr(info, "func_src_info", ""))
-    return any(f"/{package}/" in source for package in ("jax", "flax"))
-
-
-def _callee(equation: Any) -> Any:
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if key in equation.params:
-            return equation.params[key]
-    raise EffcError(f"{location(equation)}: call '{equation.primitive.name}' holds no program effc can read")

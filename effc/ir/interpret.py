@@ -110,9 +110,11 @@ def _attention(
     if context.routed is not None:
         if rows:
             raise EffcError(f"{op.loc}: tokens that skip a depth have no row for what this attention reads a token")
+        attrs |= {"sinks": weights.get("sinks")}
         return [context.routed.attend(op, q, k, v, context.positions, bias, attrs)]
     k, v, *mine = _kept(op, (k, v, *extra[:keyed]), context)
-    return [layers.attention(q, k, v, context.positions, bias, mine, extra[keyed:rows], **attrs)]
+    rest = (bias, mine, extra[keyed:rows], weights.get("sinks"))
+    return [layers.attention(q, k, v, context.positions, *rest, **attrs)]
 
 
 def _bias(region: Func, extra: Sequence[Array], context: Context) -> Any:

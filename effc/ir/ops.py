@@ -134,6 +134,7 @@ def _attention(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tu
     heads, groups = q.shape[2], k.shape[2]
     whole = isinstance(heads, int) and isinstance(groups, int) and groups and heads % groups == 0
     _want(bool(whole), f"{heads} query heads do not divide among {groups} key heads")
+    _want("sinks" not in params or params["sinks"].shape == (heads,), f"sinks is {params.get('sinks')}, want [{heads}]")
     masked = op.attrs.get("mask", "causal") == "region"
     _want(masked == ("bias" in op.regions), "mask=region and a region 'bias' go together")
     _bias_operands(op, inputs[3:], k)
@@ -218,14 +219,15 @@ _ROWS = [
     _row("rope", "x cos sin", "", "style:half|interleaved=half", _rope, _L,
          "rotate pairs of the first 2*cos.shape[-1] dims of x[b,t,h,d]; "
          "half: (i, i+n), interleaved: (2i, 2i+1)"),
-    _row("attention", "q k v extra*", "bias*",
+    _row("attention", "q k v extra*", "sinks? bias*",
          "scale:float=1.0 mask:causal|region=causal window:int=0 softcap:float=0.0 keyed:int=0 asked:int=0",
          _attention, _C,
          "softmax(mask(softcap(scale*q.k))) v over this and earlier tokens; "
          "q[b,t,h,d] k[b,t,g,d] v[b,t,g,e] -> [b,t,h,e]; "
          "window n: the last n keys only; region `bias`(q position, k position, head, extra) is added to the scores: "
          "the first `keyed` extra are [b,t,...], kept with k and v and given as the key's row, the next `asked` the "
-         "query's, the rest whole",
+         "query's, the rest whole; "
+         "sinks[h] are one score more a head, of which nothing is read",
          "bias?"),
     _row("silu", "x", "", "", _same, _L, "x * sigmoid(x)"),
     _row("gelu", "x", "", "approx:tanh|erf=tanh", _same, _L, "Gaussian error linear unit"),

@@ -18,6 +18,7 @@ from effc.backend.to_python import emit, load_program
 from effc.frontend import lower
 from effc.frontend.source import load_all
 from effc.ir.core import Func, Module, Op, walk
+from effc.ir.tokens import token_axes
 from effc.ir.types import Quant
 from effc.passes import runner
 from effc.pipeline import Pipeline
@@ -42,6 +43,10 @@ LEFT = frozenset({
     "lax.conv_general_dilated", "lax.cumsum",
 })  # fmt: skip
 """What is there where an attention, a norm, a linear or an embedding was not raised."""
+
+
+NEAR = frozenset({"lax.conv_general_dilated"})
+"""Of these, what may stand in a window of a few tokens."""
 
 
 class Case:
@@ -84,28 +89,27 @@ def raised(case: Case) -> str:
     """Nothing is left of what has an op of its own; as many attentions as layers; the stack is one repeat."""
     module = case.lowered.module
     assert not case.lowered.notes, case.lowered.notes
-    left = {op.kind for func in module.funcs.values() for op in _outside(func) if not _shift(op)} & LEFT
+    left = {op.kind for func in module.funcs.values() for op in _unraised(func)} & LEFT
     assert left <= case.model.routing, f"left: {', '.join(sorted(left - case.model.routing))}"
-    found = Counter(op.kind for op in _unrolled(module))
+    found = Counter(op.kind for op in unrolled(module))
     wanted = case.model.layers * case.model.heads
     assert found["attention"] == wanted, f"{found['attention']} attentions, want {wanted}"
     return ", ".join(f"{found[kind]} {kind}" for kind in ("attention", "norm", "linear", "embed"))
 
 
-def _shift(op: Op) -> bool:
-    """Whether an op looks back a few tokens, as a model does that shifts its input: its body is looked into."""
-    return op.kind == "window" and op.attrs.get("lookback", -1) != -1
-
-
-def _outside(func: Func) -> Iterator[Op]:
-    """Ops but those of what attentions add to their scores."""
+def _unraised(func: Func) -> Iterator[Op]:
+    """Ops that hold tokens, but those of what attentions add to their scores; a window of a few tokens, as a shift
+    or a short convolution is, is looked into and counts for nothing itself."""
+    known = func.types()
     for op in func.ops:
-        yield op
+        near = op.kind == "window" and op.attrs.get("lookback", -1) != -1
+        if not near and any(token_axes(known[value.name]) for value in op.outputs):
+            yield op
         for region in op.regions.values() if op.kind != "attention" else ():
-            yield from _outside(region)
+            yield from (inner for inner in _unraised(region) if not (near and inner.kind in NEAR))
 
 
-def _unrolled(module: Module) -> Iterator[Op]:
+def unrolled(module: Module) -> Iterator[Op]:
     """Ops of the forward, those of blocks as often as they run."""
     for op in module.forward().ops:
         if op.kind == "repeat":
@@ -159,7 +163,7 @@ def decoding(case: Case) -> str:
     made, cache = extend(params, jnp.asarray(case.tokens[:, : at.max()]), cache, jnp.asarray(at))
     span, worst = np.abs(case.whole).max(), 0.0
     for _ in range(STEPS):
-        worst = max(worst, np.abs(np.asarray(made[:, -1]) - case.whole[rows, at - 1]).max() / span)
+        worst = max(worst, differ(made[:, -1], case.whole[rows, at - 1], span))
         made, cache = extend(params, jnp.asarray(case.tokens[rows, at][:, None]), cache)
         at += 1
     assert worst <= EXACT, f"step by step, logits differ by {worst:.1e} of their range"
@@ -219,11 +223,11 @@ def is_coded(x: Any) -> bool:
     return isinstance(x, QArray)
 
 
-def differ(made: Any, wanted: Any) -> float:
-    """The largest difference as a part of the range; infinite where not finite."""
+def differ(made: Any, wanted: Any, span: float = 0.0) -> float:
+    """The largest difference as a part of the range (that of `wanted`, if none is given); infinite where not finite."""
     made, wanted = np.asarray(made, np.float64), np.asarray(wanted, np.float64)
     assert np.isfinite(wanted).all()
-    worst = float(np.abs(made - wanted).max() / np.abs(wanted).max())
+    worst = float(np.abs(made - wanted).max() / (span or np.abs(wanted).max()))
     return worst if np.isfinite(worst) else float("inf")
 
 

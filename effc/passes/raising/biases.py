@@ -8,6 +8,7 @@ from effc.frontend.graph import Graph
 from effc.ir.core import Attr, Func, Op, Value
 from effc.ir.ops import ELEMENTWISE
 from effc.ir.types import DType, Size, Type, product
+from effc.passes.raising.indices import into_operand
 from effc.passes.raising.probe import Unseen, region
 from effc.passes.raising.rows import Row
 
@@ -87,7 +88,7 @@ class Scalars:
         if op is None:
             raise Unseen("the mask depends on the tokens")
         if op.kind in ELEMENTWISE:
-            inputs = tuple(self.value(i, self._clamped(i, index)) for i in op.inputs)
+            inputs = tuple(self.value(i, self.clamped(i, index)) for i in op.inputs)
             return self.op(op.kind, inputs, op.out.type.dtype, **op.attrs)  # type: ignore[arg-type]
         if op.kind not in RULES:
             raise Unseen(f"no rule for '{op.kind}' in a bias {op.loc or ''}")
@@ -125,7 +126,7 @@ class Scalars:
             out[long[0]] = flat
         return out
 
-    def _clamped(self, name: str, index: Index) -> Index:
+    def clamped(self, name: str, index: Index) -> Index:
         shape = self.graph.type(name).shape
         return tuple(self.number(0) if size == 1 else at for size, at in zip(shape, index, strict=False))
 
@@ -142,17 +143,8 @@ def _iota(at: Scalars, op: Op, index: Index) -> str:
     return x if dtype == "i32" else at.op("lax.convert_element_type", (x,), dtype, dtype=str(dtype))
 
 
-def _broadcast(at: Scalars, op: Op, index: Index) -> str:
-    dims = op.attrs["dims"]
-    assert isinstance(dims, tuple)
-    picked = tuple(index[d] for d in dims)  # type: ignore[index]
-    return at.value(op.inputs[0], at._clamped(op.inputs[0], picked))
-
-
-def _transpose(at: Scalars, op: Op, index: Index) -> str:
-    order = op.attrs["permutation"]
-    assert isinstance(order, tuple)
-    return at.value(op.inputs[0], tuple(index[order.index(a)] for a in range(len(order))))
+def _moved(at: Scalars, op: Op, index: Index) -> str:
+    return at.value(op.inputs[0], at.clamped(op.inputs[0], into_operand(op, index)))
 
 
 def _reshape(at: Scalars, op: Op, index: Index) -> str:
@@ -222,7 +214,7 @@ def _live(ops: Sequence[Op], result: str) -> tuple[Op, ...]:
 
 Rule = Callable[[Scalars, Op, Index], str]
 RULES: Mapping[str, Rule] = {
-    "const": _const, "lax.iota": _iota, "lax.broadcast_in_dim": _broadcast, "lax.transpose": _transpose,
+    "const": _const, "lax.iota": _iota, "lax.broadcast_in_dim": _moved, "lax.transpose": _moved,
     "lax.reshape": _reshape, "lax.slice": _slice, "embed": _embed, "param": _param,
 }  # fmt: skip
 

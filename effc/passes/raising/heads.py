@@ -18,7 +18,7 @@ from effc.passes.raising.probe import run_region
 def straight(graph: Graph, name: str) -> str:
     """The value that a chain of moves comes back to, if it does; found by numbering elements."""
     type = graph.type(name)
-    for base in reversed(_shape_chain(graph, name)):
+    for base in reversed(shape_chain(graph, name)):
         if graph.type(base) == type and base != name:
             ids = _numbered(type)
             if np.array_equal(run_region(graph, [name], {base: ids}, NUMBERED)[0], ids):
@@ -37,7 +37,7 @@ def _numbered(type: Type) -> np.ndarray:
 
 def _unrepeated(graph: Graph, name: str) -> str:
     """[b,t,g,d] before its heads were repeated to [b,t,h,d], each r times in a row; the same where they were not."""
-    chain = _shape_chain(graph, name)
+    chain = shape_chain(graph, name)
     whole = product(graph.type(name).shape)
     for base in reversed(chain):
         size = product(graph.type(base).shape)
@@ -60,7 +60,7 @@ def fewest_heads(graph: Graph, k: str, v: str) -> tuple[str, str]:
 _MOVES = {"lax.reshape", "lax.transpose", "lax.broadcast_in_dim", "lax.gather", "lax.concatenate", "lax.tile"}
 
 
-def _shape_chain(graph: Graph, name: str) -> list[str]:
+def shape_chain(graph: Graph, name: str) -> list[str]:
     """`name` and the values it is a rearrangement of."""
     chain = [graph.find(name)]
     op = graph.op(name)
@@ -107,5 +107,6 @@ def _share(graph: Graph, op: Op) -> None:
         k = graph.add("rope", [few, *turned.inputs[1:]], graph.type(few), attrs=turned.attrs, loc=turned.loc)[0]
     if fewer == v or graph.type(k).shape[2] != graph.type(fewer).shape[2]:
         return
-    (made,) = graph.add("attention", [q, k, fewer, *extra], op.out.type, attrs=op.attrs, regions=op.regions, loc=op.loc)
+    same = {"params": op.params, "attrs": op.attrs, "regions": op.regions, "loc": op.loc}
+    (made,) = graph.add("attention", [q, k, fewer, *extra], op.out.type, **same)  # type: ignore[arg-type]
     graph.become(op.outputs[0].name, made)

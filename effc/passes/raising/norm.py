@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import heapq
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from effc.frontend.simplify import literal
 from effc.ir.core import Attr, Op, Param
 from effc.ir.interpret import shape_of
 from effc.ir.ops import ELEMENTWISE
-from effc.ir.types import Type, product
+from effc.ir.types import Type, evaluate, product
 from effc.passes.raising.linear import view
 from effc.passes.raising.probe import SHAPING, close, peel, region, run_region, signature
 from effc.runtime import layers
@@ -25,35 +27,76 @@ _SQUARES = {"lax.square", "lax.integer_pow", "lax.mul", "lax.abs"}
 
 @dataclass(frozen=True)
 class Fit:
-    """A norm that a region computes: which leaf is the scale and which the bias."""
+    """A norm that a region computes, times a number: which leaf is the scale and which the bias."""
 
     attrs: dict[str, Attr]
     scale: int | None
     bias: int | None
+    factor: float = 1.0
 
 
 def raise_norms(graph: Graph) -> None:
     """Every normalisation over the last axis becomes a `norm`."""
     known: dict[str, Fit | None] = {}
-    order = graph.order()
-    for at, op in enumerate(order):
-        if op.kind in ANCHORS and op.outputs[0].name == graph.find(op.outputs[0].name):
-            _raise(graph, op.outputs[0].name, order[max(0, at - NEAR) : at + NEAR], known)
+    while _raise_each(graph, known):  # several norms of one value share what they divide by
+        pass
 
 
-NEAR = 60
-"""How many ops before and after its rsqrt a norm may reach."""
+def _raise_each(graph: Graph, known: dict[str, Fit | None]) -> bool:
+    """One norm for every root of a mean square; whether there was any."""
+    readers = Readers(graph)
+    found = [
+        _raise(graph, op.outputs[0].name, readers, known)
+        for op in readers.order
+        if op.kind in ANCHORS and op.outputs[0].name == graph.find(op.outputs[0].name)
+    ]
+    return any(found)
 
 
-def _raise(graph: Graph, anchor: str, near: list[Op], known: dict[str, Fit | None]) -> None:
+MOST = 60
+"""Ops that are looked at for one norm."""
+
+
+class Readers:
+    """Who reads each value, by place in the program."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.order = graph, graph.order()
+        self.places: dict[str, list[int]] = {}
+        for at, op in enumerate(self.order):
+            for name in dict.fromkeys(op.inputs):
+                self.places.setdefault(name, []).append(at)
+
+    def made_of(self, names: Iterable[str], wanted: Callable[[Op], bool]) -> Iterator[Op]:
+        """Ops that read these values, and what wanted ones make, in the order of the program."""
+        todo = [at for name in names for at in self.places.get(name, ())]
+        heapq.heapify(todo)
+        last = -1
+        for _ in range(MOST):
+            at = heapq.heappop(todo) if todo else len(self.order)
+            if at < len(self.order) and at != last:
+                op = self.graph.op(self.order[at].outputs[0].name) or self.order[at]
+                if wanted(op):
+                    yield op
+                    for later in self.places.get(op.outputs[0].name, ()):
+                        heapq.heappush(todo, later)
+            last = at
+
+    def follow(self, old: str, new: str) -> None:
+        """Who reads `old` reads `new`."""
+        self.places[new] = self.places.get(old, [])
+
+
+def _raise(graph: Graph, anchor: str, readers: Readers, known: dict[str, Fit | None]) -> bool:
+    """Replace the longest formula around the anchor that is a norm; whether there is one."""
     x = _source(graph, anchor)
-    if x is None:
-        return
-    for y, leaves in reversed(list(_candidates(graph, anchor, x, near))):
+    for y, leaves in reversed(list(_candidates(graph, anchor, x, readers))) if x is not None else ():
         fit = _fit(graph, x, y, leaves, known)
         if fit is not None:
-            _replace(graph, x, y, leaves, fit)
-            return
+            done = _replace(graph, x, y, leaves, fit)
+            readers.follow(y, graph.find(y))
+            return done
+    return False
 
 
 def _source(graph: Graph, anchor: str) -> str | None:
@@ -103,23 +146,23 @@ def _is_mean_of(graph: Graph, mean: str, x: str) -> bool:
     )
 
 
-def _candidates(graph: Graph, anchor: str, x: str, near: list[Op]) -> Iterator[tuple[str, list[str]]]:
+def _candidates(graph: Graph, anchor: str, x: str, readers: Readers) -> Iterator[tuple[str, list[str]]]:
     """Values in the shape of x made of the anchor, x and parameters, with those parameters' values."""
     inside = {op.outputs[0].name for op in region(graph, [anchor], [x])} | {x}
     leaves: list[str] = []
     tail = {anchor}
     shape = graph.type(x).shape
-    for op in near:
-        op = graph.op(op.outputs[0].name) or op
+
+    def beside(op: Op) -> list[str]:
+        return [i for i in op.inputs if i not in inside and literal(graph, i) is None]
+
+    def own(op: Op) -> bool:
+        plain = op.outputs[0].name not in inside and op.kind in ELEMENTWISE | SHAPING
+        return plain and all(leaf(graph, i) is not None for i in beside(op))
+
+    for op in readers.made_of(sorted(inside), own):
         name = op.outputs[0].name
-        if name in inside or op.kind not in ELEMENTWISE | SHAPING:
-            continue
-        made = [i for i in op.inputs if i in inside]
-        others = [i for i in op.inputs if i not in inside and literal(graph, i) is None]
-        vectors = [leaf(graph, i) for i in others]
-        if not made or any(v is None for v in vectors):
-            continue
-        leaves = list(dict.fromkeys([*leaves, *others]))
+        leaves = list(dict.fromkeys([*leaves, *beside(op)]))
         inside.add(name)
         if tail.intersection(op.inputs):
             tail.add(name)
@@ -167,14 +210,19 @@ def _search(graph: Graph, x: str, y: str, leaves: list[str]) -> Fit | None:
         return None
     inputs, vectors, outputs = made
     tolerance = 2e-5 if graph.type(y).dtype == "f32" else 2e-2
-    for kind in ("rms", "layer"):
-        for eps in epsilons:
-            for scale, bias in _roles(len(leaves)):
-                args = [jnp.asarray(vectors[i]) if i is not None else None for i in (scale, bias)]
-                wanted = [np.asarray(layers.norm(jnp.asarray(v), *args, kind=kind, eps=eps)) for v in inputs]
-                if all(close(a, b, tolerance) for a, b in zip(outputs, wanted, strict=True)):
-                    return Fit({"kind": kind, "eps": eps}, scale, bias)
+    for kind, eps, (scale, bias) in itertools.product(("rms", "layer"), epsilons, _roles(len(leaves))):
+        args = [jnp.asarray(vectors[i]) if i is not None else None for i in (scale, bias)]
+        wanted = [np.asarray(layers.norm(jnp.asarray(v), *args, kind=kind, eps=eps)) for v in inputs]
+        factor = _factor(outputs[-1], wanted[-1]) if bias is None and tolerance < 1e-2 else 1.0
+        if all(close(a, b * factor, tolerance) for a, b in zip(outputs, wanted, strict=True)):
+            return Fit({"kind": kind, "eps": eps}, scale, bias, factor)
     return None
+
+
+def _factor(made: np.ndarray, norm: np.ndarray) -> float:
+    """How many times the norm a result is, as x / |x| is the norm over the root of the width."""
+    ratio = float((made * norm).sum() / (norm * norm).sum()) if np.isfinite(made).all() else 1.0
+    return ratio if abs(ratio - 1) > 1e-5 and abs(ratio) > 1e-3 else 1.0
 
 
 def _roles(count: int) -> Iterable[tuple[int | None, int | None]]:
@@ -185,7 +233,8 @@ def _epsilons(graph: Graph, x: str, y: str) -> list[float]:
     """Literals inside the region: one of them is eps."""
     found = [op.attrs["value"] for op in region(graph, [y], [x]) if op.kind == "const"]
     small = [float(v) for v in found if isinstance(v, float) and 0 < v < 0.01]
-    return list(dict.fromkeys([*small, 0.0]))
+    width = evaluate(graph.type(x).shape[-1], {})
+    return list(dict.fromkeys([*small, 0.0, *(v / width for v in small)]))  # of a mean, or of a sum
 
 
 def _samples(
@@ -211,7 +260,7 @@ def _samples(
     return inputs, vectors, outputs
 
 
-def _replace(graph: Graph, x: str, y: str, leaves: list[str], fit: Fit) -> None:
+def _replace(graph: Graph, x: str, y: str, leaves: list[str], fit: Fit) -> bool:
     params: dict[str, str] = {}
     attrs = dict(fit.attrs)
     for role, at in (("scale", fit.scale), ("bias", fit.bias)):
@@ -221,11 +270,16 @@ def _replace(graph: Graph, x: str, y: str, leaves: list[str], fit: Fit) -> None:
         assert found is not None
         param, offset = found
         if offset and role == "bias":
-            return
+            return False
         params[role] = view(graph, param, (product(param.type.shape),), None)
         if offset:
             attrs["offset"] = offset
     op = graph.op(y)
     type = Type(graph.type(y).dtype, graph.type(y).shape)
-    (made,) = graph.add("norm", [x], type, params=params, attrs=attrs, loc=op.loc if op else None)
+    loc = op.loc if op else None
+    (made,) = graph.add("norm", [x], type, params=params, attrs=attrs, loc=loc)
+    if fit.factor != 1.0:
+        factor = graph.one("const", (), Type(type.dtype, ()), loc, value=float(np.float32(fit.factor)))
+        made = graph.one("lax.mul", [made, factor], type, loc)
     graph.become(y, made)
+    return True

@@ -11,11 +11,12 @@ import numpy as np
 
 from effc.frontend.graph import Graph
 from effc.ir.core import Attr, Func, Op, Value
-from effc.ir.interpret import Context, evaluate_func
-from effc.ir.types import Size, Type, evaluate
+from effc.ir.interpret import Context, evaluate_func, shape_of
+from effc.ir.types import Size, Type, evaluate, product
 from effc.passes.raising.biases import SEQUENCE, Scalars, parameters_between
+from effc.passes.raising.linear import view
 from effc.passes.raising.pointwise import At, Tables
-from effc.passes.raising.probe import Unseen, region, signature
+from effc.passes.raising.probe import SHAPING, SIZES, Unseen, peel, region, run_region, signature
 from effc.passes.raising.rows import Row, StandIns, constants, drawn, rows_between
 from effc.runtime.layers import score_bias
 
@@ -64,12 +65,17 @@ class Points:
         self.graph = graph
         self.known: dict[str, Form] = graph.memo.setdefault("masks", {})
 
-    def form(self, z: str, scores: str, where: Where, context: int) -> Form:
-        """Scale, cap, window and bias of the path from `scores` to the softmax's input `z`."""
-        rows = rows_between(self.graph, z, scores)
-        text = signature(self.graph, [z], [scores, *(row.name for row in rows)]) + f"@{context} {where}"
+    def form(self, z: str, scores: str, where: Where, context: int, ones: Sequence[str] = ()) -> Form:
+        """Scale, cap, window and bias of the path from `scores` to the softmax's input `z`.
+
+        Unseen where one of the values `ones`, in the axes of z, is not 1 for a key that is seen.
+        """
+        rows = rows_between(self.graph, z, scores, ones)
+        text = signature(self.graph, [z, *ones], [scores, *(row.name for row in rows)]) + f"@{context} {where}"
         if text not in self.known:
-            self.known[text] = _Mask(self.graph, z, scores, rows, where, context).form()
+            mask = _Mask(self.graph, z, scores, rows, where, context)
+            self.known[text] = mask.form()
+            mask.want_ones(ones)
         return self.known[text]
 
 
@@ -193,12 +199,25 @@ class _Mask:
         if (self._seen(queries, keys) & ~inside).any():
             raise Unseen("which keys a query may see depends on the tokens")
 
+    def want_ones(self, names: Sequence[str]) -> None:
+        """Unseen where masks of the weights change them."""
+        for seed in range(4 if self.rows else 1):
+            self.stand = drawn(self.rows, self.sizes, self._literals(), seed)
+            for i in self._some() if names else ():
+                seen = self._at(0.0, 0, i, np.arange(self.context)) > self.limit
+                for name in names:
+                    of_head = [self._at(0.0, h, i, np.arange(self.context), name) for h in range(self.heads)]
+                    if any((x[seen] != 1).any() for x in of_head):
+                        raise Unseen("weights are masked after they were summed")
+
     def _small(self) -> tuple[np.ndarray, np.ndarray]:
         """Visibility [n,n] and bias [heads,n,n] of the first positions; later keys must be hidden."""
         n = min(24, self.context)
         i, j = np.arange(n)[None, :, None], np.arange(n)[None, None, :]
         z = self._at(0.0, np.arange(self.heads)[:, None, None], i, j)
         later = np.broadcast_to(j > i, z.shape)
+        if np.isnan(z).any():
+            raise Unseen("the mask is not a number somewhere")
         if z[later].max() > HIDDEN:
             raise Unseen("not causal: a query sees later keys")
         # halfway to the mask's own number: linear biases of long contexts pass any fixed one
@@ -259,21 +278,57 @@ class _Mask:
         near = [v for v in [1.0, *literals, *(1 / v for v in literals)] if slope and abs(v / slope - 1) < within]
         return _short(near[0]) if near else slope
 
-    def _at(self, score: float, head: Any, i: Any, j: Any) -> np.ndarray:
-        """z where the score is `score`."""
+    def _at(self, score: float, head: Any, i: Any, j: Any, name: str = "") -> np.ndarray:
+        """z, or another value in its axes, where the score is `score`."""
         apart = dict(zip(self.head_axes, np.unravel_index(np.asarray(head), self.head_shape), strict=True))
         apart |= {self.where.axes.query: np.asarray(i), self.where.axes.key: np.asarray(j)}
         places = tuple(np.asarray(self._merged(group, apart)) for group in self.where.layout)
         at = At(self.graph, self.sizes, {self.scores: np.float32(score)}, self.tables, self.stand)
-        z = at.value(self.z, places)
-        return np.broadcast_to(z, np.broadcast_shapes(*(p.shape for p in places)))
+        value = at.value(name or self.z, at.clamped(name, places) if name else places)
+        return np.broadcast_to(value, np.broadcast_shapes(*(p.shape for p in places)))
 
     def _merged(self, group: tuple[int, ...], apart: dict[int, Any]) -> Any:
         """The index along an axis that is several axes put together."""
-        index: Any = 0
-        for axis in group:
-            index = index * evaluate(self.where.axes.sizes[axis], self.sizes) + apart[axis]
-        return index
+        return merged(group, apart, self.where.axes, self.sizes)
+
+
+def merged(group: tuple[int, ...], apart: dict[int, Any], axes: Axes, sizes: dict[str, int]) -> Any:
+    """The index along an axis that is several axes put together."""
+    index: Any = 0
+    for axis in group:
+        index = index * evaluate(axes.sizes[axis], sizes) + apart[axis]
+    return index
+
+
+def sinks(graph: Graph, sink: str | float, where: Where) -> str:
+    """The parameter f32[heads] that a value in the axes of the scores is, one number a head."""
+    axes = where.axes
+    heads = tuple(evaluate(axes.sizes[a], {}) for a in axes.heads)
+    if not isinstance(sink, str):
+        return graph.constant(np.full(int(np.prod(heads)), sink, np.float32), "sinks")
+    op = graph.op(peel(graph, sink, SHAPING))
+    param = graph.params[op.params["value"]] if op is not None and op.kind == "param" else None
+    if op is None or param is None:
+        raise Unseen("what else is summed with the scores is no parameter")
+    numbered = np.arange(np.prod(heads), dtype=np.float32)
+    if shape_of(param.type, {}) != heads and evaluate(product(param.type.shape), {}) != numbered.size:
+        raise Unseen("what else is summed with the scores is no number a head")
+    (laid,) = run_region(graph, [sink], {op.out.name: numbered.reshape(shape_of(op.out.type, {}))})
+    for row in (0, -1):  # of the first sequence and token, and of the last
+        found = [_of_head(laid, where, at, row) for at in np.ndindex(*heads)]
+        if found != numbered.tolist():
+            raise Unseen("what else is summed with the scores is no number a head")
+    return view(graph, param, (numbered.size,), None)
+
+
+def _of_head(laid: np.ndarray, where: Where, head: tuple[int, ...], row: int) -> float:
+    """A number of an array in the axes of z, which may have 1 for a size."""
+    axes = where.axes
+    sizes = {"b": SIZES["b"], "t": SIZES["t"]}
+    apart = {axes.batch: row % sizes["b"], axes.query: row % sizes["t"], axes.key: 0}
+    apart |= dict(zip(axes.heads, head, strict=True))
+    index = [merged(group, apart, axes, sizes) for group in where.layout]
+    return float(laid[tuple(0 if n == 1 else i for n, i in zip(laid.shape, index, strict=True))])
 
 
 def _short(x: float) -> float:

@@ -12,6 +12,7 @@ from effc.frontend.graph import Graph
 from effc.ir.core import Op
 from effc.ir.interpret import concrete, shape_of
 from effc.ir.ops import ELEMENTWISE
+from effc.passes.raising.indices import into_operand
 from effc.passes.raising.probe import Unseen, constant_of, region, run_region
 from effc.runtime import primitives
 
@@ -71,14 +72,14 @@ class At:
 
     def _elementwise(self, op: Op, index: Index) -> Any:
         attrs = {key: concrete(v, self.sizes) for key, v in op.attrs.items()}
-        operands = [self.value(i, self._clamped(i, index)) for i in op.inputs]
+        operands = [self.value(i, self.clamped(i, index)) for i in op.inputs]
         dtypes = [primitives.dtype_of(str(self.graph.type(i).dtype)) for i in op.inputs]
         arrays = [jnp.asarray(x, d) for x, d in zip(operands, dtypes, strict=True)]
         shape = jnp.broadcast_shapes(*(a.shape for a in arrays))
         arrays = [jnp.broadcast_to(a, shape) for a in arrays]
         return np.asarray(primitives.LAX[op.kind.removeprefix("lax.")](*arrays, **attrs))
 
-    def _clamped(self, name: str, index: Index) -> Index:
+    def clamped(self, name: str, index: Index) -> Index:
         """The index into an operand: 0 along axes of size 1."""
         shape = self.graph.type(name).shape
         if not shape:
@@ -119,20 +120,8 @@ def _iota(at: At, op: Op, index: Index) -> Any:
     return index[dimension]
 
 
-def _broadcast(at: At, op: Op, index: Index) -> Any:
-    dims = op.attrs["dims"]
-    assert isinstance(dims, tuple)
-    picked = tuple(index[d] for d in dims)  # type: ignore[index]
-    return at.value(op.inputs[0], at._clamped(op.inputs[0], picked))
-
-
-def _transpose(at: At, op: Op, index: Index) -> Any:
-    order = op.attrs["permutation"]
-    assert isinstance(order, tuple)
-    back: list[Any] = [None] * len(order)
-    for place, axis in enumerate(order):
-        back[axis] = index[place]  # type: ignore[call-overload]
-    return at.value(op.inputs[0], tuple(back))
+def _moved(at: At, op: Op, index: Index) -> Any:
+    return at.value(op.inputs[0], at.clamped(op.inputs[0], into_operand(op, index)))
 
 
 def _reshape(at: At, op: Op, index: Index) -> Any:
@@ -185,6 +174,6 @@ def _param(at: At, op: Op, index: Index) -> Any:
 
 _RULES = {
     "embed": _embed, "param": _param, "const": _const,
-    "lax.iota": _iota, "lax.broadcast_in_dim": _broadcast, "lax.transpose": _transpose,
+    "lax.iota": _iota, "lax.broadcast_in_dim": _moved, "lax.transpose": _moved,
     "lax.reshape": _reshape, "lax.slice": _slice, "lax.concatenate": _concatenate,
 }  # fmt: skip

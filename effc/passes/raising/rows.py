@@ -49,10 +49,10 @@ class Row:
         return moved.reshape(*moved.shape[:2], *(evaluate(n, {}) for n in self.sizes))
 
 
-def rows_between(graph: Graph, z: str, scores: str) -> list[Row]:
+def rows_between(graph: Graph, z: str, scores: str, others: Sequence[str] = ()) -> list[Row]:
     """Rows of tokens that the path from scores to softmax reads, in an order that equal layers share."""
     found: dict[str, Row] = {}
-    stack, seen = [graph.find(z)], {graph.find(scores)}
+    stack, seen = [*others, z], {graph.find(scores)}
     while stack:
         name = graph.find(stack.pop())
         if name in seen:

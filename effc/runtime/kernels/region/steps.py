@@ -197,6 +197,8 @@ def _append(former: Former, step: Step, args: _Args) -> bool:
 
 def _attention(former: Former, step: Step, args: _Args) -> bool:
     q, *stored = args.values[:3]
+    if jax.tree.leaves(args.values[4:]):  # rows that a bias reads, or sinks
+        return False
     x = args.place(q)
     keys, values = (_cache_of(former, args.atoms[number]) for number in stored)
     positions = args.outside(args.values[3])
