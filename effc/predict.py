@@ -1,6 +1,7 @@
 """What a run is likely to take: speed from bytes and ops, memory, time. Rough, and held against what was.
 
-A token costs the reading of its weights and keys at the speed of memory, measured here, and a little for every op.
+A token costs the reading of its weights and keys at the speed of memory, measured here by all threads together, and
+a little for every op: less where quantized layers run as native regions, which on the other hand unpack what they read.
 """
 
 from __future__ import annotations
@@ -14,22 +15,29 @@ import numpy as np
 
 from effc.ir.analysis import cache_bytes_per_token, flops_per_token, param_count, runs
 from effc.ir.core import Module
+from effc.ir.types import Quant
 from effc.plan import token_bytes
 from effc.report import Report, size
+from effc.runtime.kernels.region import native
+from effc.runtime.kernels.region.bandwidth import bandwidth as streamed
 from effc.speed import LIBRARIES
 from effc.weights import nbytes
 
 PROBE_BYTES = 64 << 20
 """Larger than caches."""
 
-OP_SECONDS = 4e-6
-"""For every op of a decoded token beside its bytes (measured: 12 layers of 20 ops take 1 ms)."""
+OP_SECONDS, NATIVE_OP_SECONDS = 2.1e-6, 5e-7
+"""For every op of a decoded token beside its bytes: XLA's, and one in a native region (measured: 240 and 600 ops)."""
+
+UNPACKED = 0.75
+"""Share of the memory's speed at which coded weights are read (measured: SmolLM2 in 4 bits)."""
 
 FLOPS = 2e10
 """Arithmetic a second while checking and evaluating, compiling counted in."""
 
-STARTING = 45.0
-"""Seconds of tracing, compiling and checking that do not depend on the weights."""
+STARTING, PREPARING = 22.0, 12.0
+"""Seconds of tracing, compiling and checking that do not depend on the weights; of compiling for each training and
+each calibration."""
 
 CALIBRATION = 200 * 32 * 3
 """Tokens that a pass generates to calibrate: prompts, tokens of each, and how often on average."""
@@ -92,7 +100,8 @@ def predict(
             peak, LIBRARIES + TRAINER + 4 * COPIES * param_count(before) + 4 * LOGITS * SEQUENCES * _vocab(before)
         )
     written = 3 * nbytes(before) / bandwidth()
-    seconds = STARTING + work + written + training + CALIBRATION * calibrating / decode_rate(after)
+    prepared = STARTING + PREPARING * (sum(map(bool, minutes.values())) + calibrating)
+    seconds = prepared + work + written + training + CALIBRATION * calibrating / decode_rate(after)
     return Prediction(nbytes(after), token_bytes(after), decode_rate(after), peak, seconds, training)
 
 
@@ -100,7 +109,16 @@ def decode_rate(module: Module, context: int = 128) -> float:
     """Tokens a second of one sequence that holds `context` tokens."""
     read = token_bytes(module) + context * cache_bytes_per_token(module)
     ops = sum(times * len(module.funcs[name].ops) for name, times in runs(module).items())
+    if _native(module):
+        return 1 / (read / (UNPACKED * bandwidth()) + ops * NATIVE_OP_SECONDS)
     return 1 / (read / bandwidth() + ops * OP_SECONDS)
+
+
+def _native(module: Module) -> bool:
+    """Whether its layers are coded, and the kernels for that are to be had here."""
+    weights = [p for p in module.params.values() if p.stack and len(p.type.shape) > 1]
+    coded = [p for p in weights if isinstance(p.type.dtype, Quant)]
+    return 2 * len(coded) > len(weights) and native.usable()
 
 
 def _vocab(module: Module) -> int:
@@ -109,12 +127,16 @@ def _vocab(module: Module) -> int:
 
 
 def bandwidth() -> float:
-    """Bytes a second that this machine reads, the best of some copies."""
+    """Bytes a second that this machine reads, by all threads; without native code the best of some copies."""
     if not _MEASURED:
-        array = np.ones(PROBE_BYTES // 4, np.float32)
-        other = np.empty_like(array)
-        _MEASURED.append(max(_copied(array, other) for _ in range(3)))
+        _MEASURED.append(streamed(PROBE_BYTES) or _copying())
     return _MEASURED[0]
+
+
+def _copying() -> float:
+    array = np.ones(PROBE_BYTES // 4, np.float32)
+    other = np.empty_like(array)
+    return max(_copied(array, other) for _ in range(3))
 
 
 _MEASURED: list[float] = []
