@@ -24,6 +24,8 @@ SETTINGS: Mapping[str, str] = {
     "gamma": "tokens drafted at most; 0 was measured to be best, and drafts nothing",
     "curve": "T(n+1)/T(1): what verifying n drafts costs in plain steps",
     "cost": "what a draft token costs in plain steps",
+    "curve8": "curve of eight sequences at once, in their plain steps",
+    "cost8": "cost of a draft token of each of them",
     "acceptance": "how often drafts of each level were right",
     "predicted": "speed-up that these numbers promise",
     "measured": "speed-up on the calibration prompts",
@@ -54,7 +56,7 @@ def _speculative(module: Module, attrs: Mapping[str, Attr | Ref]) -> Iterator[st
         yield f"kind={kind}, want {' or '.join(DRAFTERS)}"
     if not isinstance(gamma, int) or isinstance(gamma, bool) or gamma < 0:
         yield f"gamma={gamma}, want the tokens of a draft, 0 or more"
-    for name in ("curve", "acceptance"):
+    for name in ("curve", "curve8", "acceptance"):
         if name in attrs and not _numbers(attrs[name]):
             yield f"{name} is no tuple of numbers"
     drafter, verify = _func(module, attrs.get("drafter")), _func(module, attrs.get("verify"))

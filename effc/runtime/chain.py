@@ -185,7 +185,8 @@ class _Draft:
         """The token, the q it was drawn from, and the tokens seen with it."""
         seen = carry["seen"]
         if self.choice.greedy and seen is None:
-            best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            # What a table is padded with is no token: the target would read past its own.
+            best = jnp.argmax(logits[:, : self.state["vocab"].shape[0]], axis=-1).astype(jnp.int32)
             return (self._ids()[best] if self.chain.ids else best), None, None
         whole = speculate.penalized(self._whole(logits), seen, self.numbers)
         if self.choice.greedy:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -44,9 +44,16 @@ class Speculation:
         """Whether the drafter reads what `verify` gives beside logits."""
         return isinstance(self.drafter, Chain) and self.drafter.features
 
-    def loop(self, choice: Choice) -> Loop:
-        """The loop to compile for this way of choosing."""
-        return Loop(self.verify, self.drafter, self.widths, self.program.context, choice)
+    def loop(self, choice: Choice, rows: int) -> Loop:
+        """The loop to compile for this way of choosing and so many sequences."""
+        sizes = self.widths.at(rows)
+        return Loop(self.verify, self._drafter(sizes), sizes, self.program.context, choice)
+
+    def _drafter(self, sizes: Widths) -> Drafter:
+        """The drafter that goes by these costs."""
+        if isinstance(self.drafter, Chain):
+            return replace(self.drafter, widths=sizes, floor=floor(sizes))
+        return replace(self.drafter, widths=sizes) if isinstance(self.drafter, Lookup) else self.drafter
 
     def begin(
         self, params: Any, state: State, prompts: Sequence[Sequence[int]], new: int, vocab: int,
@@ -99,7 +106,7 @@ def _chain(program: Program, params: Any, asked: Mapping[str, Any]) -> Speculati
     shared = _shared(program, entry, params) if asked.get("shared") else 0
     limits = [limit for limit in (program.context, asked.get("context")) if limit is not None]
     drafter = Chain(
-        entry, sizes, _floor(sizes), min(limits, default=None),
+        entry, sizes, floor(sizes), min(limits, default=None),
         ids=str(asked.get("vocab", "")), shared=shared, features=verify is not None,
     )  # fmt: skip
     whole = _entry(program, str(verify)) if verify is not None else program.extend
@@ -128,13 +135,15 @@ def _entry(program: Program, name: str) -> Callable[..., Any]:
 def _widths(asked: Mapping[str, Any]) -> Widths:
     gamma = int(asked["gamma"])
     curve = asked.get("curve") or [1 + SLOPE * n for n in range(gamma + 1)]
-    return widths(gamma, curve, float(asked.get("cost", COST if "drafter" in asked else 0)))
+    cost = float(asked.get("cost", COST if "drafter" in asked else 0))
+    many = (asked["curve8"], float(asked.get("cost8", cost))) if asked.get("curve8") else None
+    return widths(gamma, curve, cost, many)
 
 
-def _floor(sizes: Widths) -> float:
+def floor(sizes: Widths) -> float:
     """How likely a draft must be right to its end for one token more to pay: what that token costs."""
     slope = (sizes.costs[-1] - sizes.costs[0]) / max(1, sizes.most)
-    return min(0.9, slope + sizes.draft)
+    return slope + sizes.draft
 
 
 def _history(prompts: Sequence[Sequence[int]], room: int) -> jax.Array:

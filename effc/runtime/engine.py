@@ -119,7 +119,7 @@ class Engine:
             return self.exits.begin(state, new, how.exits, plain) if self.exits else state
         state = self.speculation.begin(self.params, state, prompts, new, vocab, features, greedy=how.greedy)
         args = (self.params, state, how.numbers)
-        call = self.speculation.loop(how.choice).first
+        call = self.speculation.loop(how.choice, len(prompts)).first
         return self._ready(("first", how.choice), call, 1, *args)(*args)
 
     def decode(self, state: State, how: How, limit: int, chunk: int) -> tuple[State, jax.Array]:
@@ -128,7 +128,8 @@ class Engine:
         With a drafter rounds go on until one row has `chunk` tokens more; n is `chunk` and what a draft may add.
         """
         if self.speculation and "proposal" in state:
-            call = partial(self.speculation.loop(how.choice), chunk=chunk)
+            loop = self.speculation.loop(how.choice, state["token"].shape[0])
+            call = partial(loop, chunk=chunk)
             args = (self.params, state, how.numbers, how.stops)
             return self._ready(("rounds", chunk, how.choice), call, 1, *args)(*args)
         options = {"chunk": chunk, "greedy": how.greedy, "filters": how.filters}

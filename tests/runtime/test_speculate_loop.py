@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,31 @@ def test_stops_inside_a_draft(engine: Engine, engines: dict[str, Engine], kind: 
         want = generate(engine, PROMPTS, max_new_tokens=40, stop_ids=[stop])
         got = generate(engines[kind], PROMPTS, max_new_tokens=40, stop_ids=[stop], chunk=7)
         assert got.tokens == want.tokens and got.finish == want.finish
+
+
+def _letters(ids: Sequence[int]) -> str:
+    return "".join(chr(ord("A") + i) for i in ids)
+
+
+@pytest.mark.parametrize(
+    "kind", ["head", *(pytest.param(k, marks=pytest.mark.slow) for k in ("lookup", "self", "model"))]
+)
+def test_stop_strings_inside_a_draft(engine: Engine, engines: dict[str, Engine], kind: str) -> None:
+    """Rows of a batch end by themselves, each before a string of two tokens that drafts run across."""
+    free = [_letters(row) for row in generate(engine, PROMPTS, max_new_tokens=30).tokens]
+    stops = [text[at : at + 2] for text, at in zip(free, (4, 9, 13, 18), strict=True)]
+    want = generate(engine, PROMPTS, max_new_tokens=30, stop=stops, decode=_letters)
+    got = generate(engines[kind], PROMPTS, max_new_tokens=30, stop=stops, decode=_letters, chunk=7)
+    assert (got.tokens, got.finish, got.texts) == (want.tokens, want.finish, want.texts)
+    assert "stop" in want.finish and all(stop not in text for stop in stops for text in got.texts or [])
+
+
+def test_a_full_batch_sends_no_more_than_pays(params: Any) -> None:
+    """Costs of eight sequences are used where eight run: there nothing is sent, alone everything is."""
+    drafts = engine_with("lookup", params, curve8=(1.0, 2.1, 3.2, 4.3))
+    for rows, sends in ((1, True), (8, False)):
+        got = generate(drafts, [PROMPTS[0]] * rows, max_new_tokens=32).stats.draft
+        assert got and (got.drafted > 0) == sends
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])

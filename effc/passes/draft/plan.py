@@ -24,8 +24,10 @@ from effc.ir.core import Attr, Decode, Module, Ref
 from effc.ir.printer import dump
 from effc.passes.base import Notes
 from effc.runtime.chain import Chain
+from effc.runtime.drafting import MANY
 from effc.runtime.engine import Engine
 from effc.runtime.generate import Drafted, generate
+from effc.runtime.kernels.region.native import regions
 from effc.runtime.weights import load_params
 from effc.weights import Store, write_safetensors
 
@@ -70,12 +72,14 @@ def planned(made_by: Draft, module: Module, store: Store, context: Context, note
         told = _with(module, {"gamma": most, "acceptance": _eager(module)})
         program = load_program(emit(told))
         engine = Engine(program, load_params(file, program.params))
-        costs = measure(engine, most)
+        costs, many = measure(engine, most), measure(engine, most, MANY)
         levels, drafted = accepted(engine, costs, context, most)
         found = forecast(drafted, costs, [made_by.gamma] if made_by.gamma else range(1, most + 1))
         _say(costs, drafted, found, notes)
+        _say_many(many, forecast(drafted, many, range(1, most + 1)), notes)
         attrs: dict[str, Attr | Ref] = {
             "gamma": found.gamma, "curve": tuple(round(c, 3) for c in costs.curve), "cost": round(costs.draft, 4),
+            "curve8": tuple(round(c, 3) for c in many.curve), "cost8": round(many.draft, 4),
             "acceptance": levels, "predicted": round(found.speedup, 3),
         }  # fmt: skip
         if found.speedup < WORTH and not made_by.force:
@@ -87,16 +91,16 @@ def planned(made_by: Draft, module: Module, store: Store, context: Context, note
     return _with(module, {**attrs, "of": fingerprint(module)})
 
 
-def measure(engine: Engine, most: int) -> Costs:
-    """Times calls on 1 to most+1 tokens in turn, and of a draft token where a function makes it."""
+def measure(engine: Engine, most: int, rows: int = 1) -> Costs:
+    """Times calls on 1 to most+1 tokens of each row in turn, and of a draft token where a function makes it."""
     assert engine.speculation is not None
-    calls = {size: _timed(engine, engine.speculation.verify, size, ()) for size in _sizes(most)}
+    calls = {size: _timed(engine, engine.speculation.verify, (rows, size), ()) for size in _sizes(most)}
     drafter = engine.speculation.drafter
     if isinstance(drafter, Chain):
-        operands = _operands(engine) if drafter.features else ()
-        calls[0] = _timed(engine, drafter.entry, 1, operands, drafter.shared)
+        operands = _operands(engine, rows) if drafter.features else ()
+        calls[0] = _timed(engine, drafter.entry, (rows, 1), operands)
     times = {size: list[float]() for size in calls}
-    for _ in range(RUNS):
+    for _ in range(RUNS if rows == 1 else RUNS // 2):
         for size, call in calls.items():
             times[size].append(call())
     least = {size: min(seconds) for size, seconds in times.items()}
@@ -111,27 +115,27 @@ def _sizes(most: int) -> list[int]:
     return sorted({1, 2, (most + 1) // 2 + 1, most + 1})
 
 
-def _operands(engine: Engine) -> tuple[Any, ...]:
-    """Features of one token, for a head."""
+def _operands(engine: Engine, rows: int) -> tuple[Any, ...]:
+    """Features of one token a row, for a head."""
     assert engine.speculation is not None
-    shapes = jax.eval_shape(engine.speculation.verify, engine.params, jnp.zeros((1, 1), jnp.int32))
+    shapes = jax.eval_shape(engine.speculation.verify, engine.params, jnp.zeros((rows, 1), jnp.int32))
     return (jnp.zeros(shapes[1].shape, shapes[1].dtype),)
 
 
 def _timed(
-    engine: Engine, call: Callable[..., Any], size: int, operands: Sequence[Any], shared: int = 0
+    engine: Engine, call: Callable[..., Any], shape: tuple[int, int], operands: Sequence[Any]
 ) -> Callable[[], float]:
-    """Seconds of one compiled call on `size` tokens after a prompt's worth; it also takes the likeliest token."""
-    tokens = jnp.ones((1, size), jnp.int32)
+    """Seconds of one compiled call on tokens [b,t] after a prompt's worth; it also takes the likeliest token."""
+    tokens = jnp.ones(shape, jnp.int32)
     shapes = jax.eval_shape(call, engine.params, tokens[:, :1], *operands)[-1]
     zeros = jax.tree.map(lambda x: jnp.zeros((x.shape[0], 256, *x.shape[2:]), x.dtype), shapes.entries)
-    cache = replace(shapes, lengths=jnp.full(1, READ, jnp.int32), entries=zeros)
+    cache = replace(shapes, lengths=jnp.full(shape[0], READ, jnp.int32), entries=zeros)
 
     def step(params: Any, cache: Any, *args: Any) -> tuple[Any, Any]:
         logits, *_, after = call(params, *args, cache)
         return jnp.argmax(logits, axis=-1), replace(after, lengths=cache.lengths)
 
-    ready = jax.jit(step, donate_argnums=1).lower(engine.params, cache, tokens, *operands).compile()
+    ready = jax.jit(regions(step), donate_argnums=1).lower(engine.params, cache, tokens, *operands).compile()
     held = [cache]
 
     def run() -> float:
@@ -201,6 +205,13 @@ def _say(costs: Costs, drafted: Drafted, found: Forecast, notes: Notes) -> None:
     by = ", ".join(f"{share:.2f}" for share in drafted.by_position)
     notes.chose(f"accepted by position: {by}; {drafted.tokens_per_call:.2f} tokens a call")
     notes.chose(f"gamma={found.gamma}: x{found.speedup:.2f} predicted")
+
+
+def _say_many(costs: Costs, found: Forecast, notes: Notes) -> None:
+    """What of it changes where many sequences run at once."""
+    best = f"up to {found.gamma} drafts, x{found.speedup:.2f}" if found.speedup >= WORTH else "no drafts"
+    shown = ", ".join(f"{c:.2f}" for c in costs.curve)
+    notes.chose(f"{MANY} sequences at once: T(k)/T(1) {shown}: {best}")
 
 
 __all__ = ["Costs", "Forecast", "forecast", "measure", "planned"]
