@@ -17,7 +17,21 @@ from effc.runtime import primitives
 
 Statements = list[Statement]
 
-LAYERS = frozenset({"embed", "linear", "norm", "rope_table", "rope", "attention", "silu", "gelu", "softcap", "split"})
+LAYERS = frozenset(
+    {
+        "embed",
+        "linear",
+        "norm",
+        "rope_table",
+        "rope",
+        "attention",
+        "fake_quant",
+        "silu",
+        "gelu",
+        "softcap",
+        "split",
+    }
+)
 """Ops that are a call of the function of their name in `effc.runtime.layers`."""
 
 _PRECISE = frozenset({"embed", "linear", "norm"})
@@ -200,6 +214,7 @@ class Body:
             "linear": ("w", "bias"),
             "norm": ("scale", "bias"),
             "embed": ("table",),
+            "fake_quant": ("scale",),
             "rope_table": ("freq",),
         }
         roles = list(order.get(op.kind, ()))
@@ -211,7 +226,7 @@ class Body:
         keywords = {
             name: literal(value)
             for name, value in op.attrs.items()
-            if op.kind != "attention" or name not in {"mask", "keyed", "asked"}
+            if op.kind != "attention" or name not in {"mask", "keyed", "asked", "cache"}
         }
         if any("jnp." in code(value) for value in keywords.values()):
             self.plan.used.add("jnp")  # not a number
@@ -237,13 +252,13 @@ class Body:
         if not by_token(self.types[k]):
             raise EffcError(f"{self._where(op)}: keys are {self.types[k]}, want one row a token, [b,t,...]")
         self.keys = [self.names.fresh(n) for n in ("keys", "values", *("kept" for _ in range(keyed)))]
-        return syntax.assign(self.keys, call("step.append", [self.value(name) for name in kept]))
+        return syntax.assign(self.keys, call("step.append", [self.value(name) for name in kept], _cache(op)))
 
     def _keep(self, op: Op) -> Statements:
         """`step.append(k, v)`; what comes of it is what went in."""
         for value, name in zip(op.outputs, op.inputs, strict=True):
             self.names.alias(value.name, code(self.value(name)))
-        return [syntax.line(cst.Expr(call("step.append", self._inputs(op))))]
+        return [syntax.line(cst.Expr(call("step.append", self._inputs(op), _cache(op))))]
 
     def _attention(self, op: Op, functions: list[Expr]) -> Expr:
         self.plan.used.add("attention")
@@ -371,6 +386,12 @@ def _rows(op: Op) -> tuple[int, int]:
     keyed, asked = attribute(op, "keyed"), attribute(op, "asked")
     assert isinstance(keyed, int) and isinstance(asked, int)
     return keyed, asked
+
+
+def _cache(op: Op) -> dict[str, Expr]:
+    """How its keys and values are kept, where that is other than as computed."""
+    kind = attribute(op, "cache")
+    return {} if kind == "float" else {"cache": literal(str(kind))}
 
 
 def signature(func: Func) -> str:

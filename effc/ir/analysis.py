@@ -14,6 +14,7 @@ from effc.ir.core import Func, Module, Op, Param, Ref, param_uses, walk
 from effc.ir.ops import attribute
 from effc.ir.rewrite import users
 from effc.ir.types import BYTES, Quant, Type, evaluate
+from effc.runtime.widths import kept_bytes
 
 ONE_TOKEN: Mapping[str, int] = {"b": 1, "t": 1}
 
@@ -135,30 +136,41 @@ def _read_as_value(type: Type, func: Func, op: Op) -> int:
 
 
 def cache_bytes_per_token(module: Module, func: str = "", dtype: str = "") -> int:
-    """Bytes kept for each token of a sequence: keys and values of all layers, in `dtype` or their own."""
+    """Bytes kept for each token of a sequence: keys and values of all layers, in `dtype` or as the program says."""
     return sum(
-        times * _bytes(kept, dtype) for name, times in runs(module, func).items() for kept in _kept(module.funcs[name])
+        times * _cached(kept, kind, dtype)
+        for name, times in runs(module, func).items()
+        for kept, kind in _kept(module.funcs[name])
     )
 
 
-def _kept(func: Func) -> Iterator[Type]:
-    """Types of the rows that ops with a cache keep: a `window` its operands, the others what they have come to."""
+def _cached(type: Type, kind: str, dtype: str) -> int:
+    """Bytes of a token's rows, one a head, in a cache of that kind."""
+    if kind == "float":
+        return _bytes(type, dtype)
+    *rows, width = _sizes(type)
+    return prod(rows) * kept_bytes(width, kind, 4)
+
+
+def _kept(func: Func) -> Iterator[tuple[Type, str]]:
+    """Types of the rows that ops with a cache keep, and how: a `window` its operands, others what they have come to."""
     known = func.types()
     for op in func.ops:
         if op.kind == "attention":
             keyed = attribute(op, "keyed")
             assert isinstance(keyed, int)
-            yield from (known[name] for name in op.inputs[1 : 3 + keyed])
+            yield from ((known[name], str(attribute(op, "cache"))) for name in op.inputs[1:3])
+            yield from ((known[name], "float") for name in op.inputs[3 : 3 + keyed])
         elif op.kind == "window" and attribute(op, "lookback") != 0:
             fixed = attribute(op, "fixed")
             assert isinstance(fixed, int)
-            yield from (known[name] for name in op.inputs[: len(op.inputs) - fixed])
+            yield from ((known[name], "float") for name in op.inputs[: len(op.inputs) - fixed])
         elif op.kind == "running":
-            yield op.out.type
+            yield op.out.type, "float"
         elif op.kind == "recur":
             carry = op.attrs["carry"]
             assert isinstance(carry, int)
-            yield from op.regions["body"].result_types()[:carry]
+            yield from ((type, "float") for type in op.regions["body"].result_types()[:carry])
 
 
 def flops_per_token(module: Module, context: int = 0, func: str = "") -> int:

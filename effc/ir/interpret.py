@@ -19,6 +19,7 @@ from effc.ir.core import Attr, Func, Op, Ref
 from effc.ir.routed import Routed
 from effc.ir.types import Dim, Type, evaluate
 from effc.runtime import layers, primitives
+from effc.runtime.coded import seen
 from effc.runtime.qarray import QArray
 from effc.runtime.window import COMBINED
 
@@ -104,8 +105,9 @@ def _attention(
     op: Op, operands: Sequence[Array], weights: Mapping[str, Weight], attrs: dict[str, Any], context: Context
 ) -> Sequence[Array]:
     q, k, v, *extra = operands
+    k, v = (seen(x, attrs.get("cache", "float")) for x in (k, v))
     keyed, rows = attrs.get("keyed", 0), attrs.get("keyed", 0) + attrs.get("asked", 0)
-    attrs = {key: value for key, value in attrs.items() if key not in {"mask", "keyed", "asked"}}
+    attrs = {key: value for key, value in attrs.items() if key not in {"mask", "keyed", "asked", "cache"}}
     bias = _bias(op.regions["bias"], extra[rows:], context) if "bias" in op.regions else None
     if context.routed is not None:
         if rows:
@@ -142,7 +144,8 @@ def _kept(op: Op, new: tuple[Array, ...], context: Context) -> tuple[Array, ...]
 
 
 def _keep(op: Op, operands: Sequence[Array], weights: Any, attrs: Any, context: Context) -> Sequence[Array]:
-    _kept(op, tuple(operands), context)
+    kind = attrs.get("cache", "float")
+    _kept(op, (*(seen(x, kind) for x in operands[:2]), *operands[2:]), context)
     return operands
 
 

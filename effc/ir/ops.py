@@ -179,6 +179,14 @@ def _recurse(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tupl
     return (x,)
 
 
+def _fake_quant(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
+    bits, scale = op.attrs.get("bits", 8), params.get("scale")
+    _axes("x", inputs[0])
+    _want(isinstance(bits, int) and 2 <= bits <= 8, f"bits={bits}, want 2 to 8")
+    _want(scale is None or scale.shape == (1,), f"scale is {scale}, want shape [1]")
+    return (inputs[0],)
+
+
 def _broadcast(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
     """Equal ranks; a size of 1 stretches."""
     shape: list[Size] = []
@@ -220,15 +228,19 @@ _ROWS = [
          "rotate pairs of the first 2*cos.shape[-1] dims of x[b,t,h,d]; "
          "half: (i, i+n), interleaved: (2i, 2i+1)"),
     _row("attention", "q k v extra*", "sinks? bias*",
-         "scale:float=1.0 mask:causal|region=causal window:int=0 softcap:float=0.0 keyed:int=0 asked:int=0",
+         "scale:float=1.0 mask:causal|region=causal window:int=0 softcap:float=0.0 keyed:int=0 asked:int=0 "
+         "cache:float|f16|i8|i4=float",
          _attention, _C,
          "softmax(mask(softcap(scale*q.k))) v over this and earlier tokens; "
          "q[b,t,h,d] k[b,t,g,d] v[b,t,g,e] -> [b,t,h,e]; "
          "window n: the last n keys only; region `bias`(q position, k position, head, extra) is added to the scores: "
          "the first `keyed` extra are [b,t,...], kept with k and v and given as the key's row, the next `asked` the "
          "query's, the rest whole; "
-         "sinks[h] are one score more a head, of which nothing is read",
+         "sinks[h] are one score more a head, of which nothing is read; "
+         "cache: k and v are seen as rounded to that many bits, each row by its own scale, and kept so",
          "bias?"),
+    _row("fake_quant", "x", "scale?", "bits:int=8", _fake_quant, _L,
+         "x rounded to codes of so many bits times a scale: scale[1], or for each row of the last axis its own"),
     _row("silu", "x", "", "", _same, _L, "x * sigmoid(x)"),
     _row("gelu", "x", "", "approx:tanh|erf=tanh", _same, _L, "Gaussian error linear unit"),
     _row("softcap", "x", "", "cap:float", _same, _L, "cap * tanh(x / cap)"),
@@ -243,8 +255,8 @@ _ROWS = [
          "repeat(x, ..), from which a token leaves after exits[i] layers where the confidence of exit i reaches the "
          "threshold (1: never); results are head(exit_i(x)) or head(x), and the layers run, i32[b,t]; skipped layers "
          "run `keys` on the x that left, which keeps what later tokens see"),
-    _row("keep", "x*", "", "", lambda op, i, p: tuple(i), _C,
-         "keep rows [b,t,...] of every token as attention keeps k and v; gives them back"),
+    _row("keep", "x*", "", "cache:float|f16|i8|i4=float", lambda op, i, p: tuple(i), _C,
+         "keep rows [b,t,...] of every token as attention keeps k and v, two of them as `cache` says; gives them back"),
     _row("recurse", "x*", "router", "block:ref times:int span:int capacity:any start:int=0 order:ints=() "
          "select:expert|token=expert gate:delta|paper=delta alpha:float=0.0 slack:int=16 "
          "kv:recursion|shared=recursion", _recurse, _C,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from effc.passes.act import Act8
 from effc.passes.base import Exactness, Notes, Option, Pass, PassError, Phase
 from effc.passes.calm import Calm
 from effc.passes.clean import Clean
@@ -16,11 +17,12 @@ from effc.passes.quant8 import Quant8
 from effc.passes.smooth import Smooth
 
 PASSES: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (Clean, Mor, Calm, Draft, Smooth, Quant8, Quant4, Mixed, Qat, Kv8, Kv4, Fuse)
+    cls.name: cls for cls in (Clean, Mor, Calm, Draft, Smooth, Quant8, Quant4, Mixed, Qat, Kv8, Kv4, Act8, Fuse)
 }
 """Every pass, in the order of the phases."""
 
 __all__ = [
+    "Act8",
     "PASSES",
     "Calm",
     "Clean",

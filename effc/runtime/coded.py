@@ -43,8 +43,8 @@ def _codes(x: jax.Array, steps: float) -> tuple[jax.Array, jax.Array]:
     """int8[...,d] and a scale f32[...] a row."""
     most = jnp.max(jnp.abs(x), axis=-1)
     scale = jnp.where(most == 0, 1.0, most / steps)
-    least = -int(steps + 0.5)
-    return jnp.clip(jnp.round(x / scale[..., None]), least, -least - 1).astype(jnp.int8), scale
+    most_code = int(steps)  # not one more below zero: the largest number lies on a tie, which would fall either way
+    return jnp.clip(jnp.round(x / scale[..., None]), -most_code, most_code).astype(jnp.int8), scale
 
 
 def decode(stored: jax.Array) -> jax.Array:

@@ -214,6 +214,31 @@ def score_bias(
     return over(positions, keys, head, tuple(keyed), tuple(asked)).astype(jnp.float32)
 
 
+def fake_quant(x: jax.Array, scale: jax.Array | None = None, *, bits: int) -> jax.Array:
+    """x as the nearest of 2^bits codes times scale[1], or a scale a row of the last axis; gradients pass through.
+
+    A row's own scale puts its greatest magnitude half a step past the last code, as codes of weights have it.
+    """
+    wide, most = x.astype(jnp.float32), (1 << bits - 1) - 1
+    if scale is None:
+        reach = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / (most + 0.5)
+        scale = jnp.where(reach > 0, reach, 1.0)
+    scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
+    near = jnp.clip(jnp.round(wide / scale), -most, most) * scale
+    return through(near, wide).astype(x.dtype)
+
+
+@jax.custom_jvp
+def through(value: jax.Array, like: jax.Array) -> jax.Array:
+    """`value`, with the gradient of `like`."""
+    return value
+
+
+@through.defjvp
+def _like(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return primals[0], tangents[1]
+
+
 def silu(x: jax.Array) -> jax.Array:
     """x * sigmoid(x)."""
     return x * jax.nn.sigmoid(x)

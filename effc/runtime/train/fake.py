@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effc.runtime.layers import through
 from effc.runtime.qarray import QArray, spread_groups
 from effc.runtime.train.plan import Tree
 
@@ -76,24 +77,14 @@ def codes(form: Form, parts: Mapping[str, jax.Array], key: jax.Array | None = No
     """f32 whole numbers in range; with a key steps are rounded up as often as they are near to the next."""
     steps = parts["steps"]
     noise = 0.0 if key is None else jax.random.uniform(key, steps.shape, minval=-0.5, maxval=0.5)
-    return jnp.clip(_through(jnp.round(steps + noise), steps), *form.limits)
+    low, high = form.limits
+    return through(jnp.clip(jnp.round(steps + noise), low, high), jnp.clip(steps, low - 0.5, high + 0.5))
 
 
 def scales(form: Form, parts: Mapping[str, jax.Array]) -> jax.Array:
     """f32, rounded as they will be stored."""
     moved = parts["scale"] * jnp.exp(GAIN * parts["stretch"])
-    return _through(moved.astype(form.scale).astype(jnp.float32), moved)
-
-
-@jax.custom_jvp
-def _through(value: jax.Array, like: jax.Array) -> jax.Array:
-    """`value`, with the gradient of `like`."""
-    return value
-
-
-@_through.defjvp
-def _like(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return primals[0], tangents[1]
+    return through(moved.astype(form.scale).astype(jnp.float32), moved)
 
 
 def faked(told: Tree, params: Tree, key: jax.Array | None = None) -> Tree:
