@@ -60,7 +60,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--heal", type=Budget.parse, help="of each pipeline that trains: 15m, 300 steps")
     parser.add_argument("--llama", action="store_true", help="llama.cpp's figures for SmolLM2, and the targets")
-    args = parser.parse_args(words)
+    args = parser.parse_intermixed_args(words)
     model = open_model(args.model)
     files = [None if name == "-" else Path(name) for name in args.eval or ["-"]]
     texts = [text_windows(model, file, args.tokens, evaluate.WINDOW) for file in files]
