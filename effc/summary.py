@@ -97,6 +97,7 @@ _ALMOST = {
         "norm",
         "what it scales is not a mean square over the last axis, or more than one scale and bias follow",
     ),
+    "lax.sqrt": ("norm", "what is divided by it is not centred or squared as a norm does it, or is no last axis"),
     "lax.gather": ("embed", "it takes other than whole rows of a parameter"),
     "lax.exp": ("attention", "no softmax over keys times values reads it"),
     "lax.sin": ("rope", "no pairs of one value are turned by it"),

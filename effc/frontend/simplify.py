@@ -206,6 +206,15 @@ def _wrap_negative(graph: Graph, op: Op) -> str | None:
     return plain if same and never_negative(graph, plain) else None
 
 
+def _chosen(graph: Graph, op: Op) -> str | None:
+    """select(literal, x, y): the one it says."""
+    which = literal(graph, op.inputs[0])
+    if which is None or not 0 <= which < len(op.inputs) - 1:
+        return None
+    found = op.inputs[1 + int(which)]
+    return found if graph.type(found) == op.out.type else None
+
+
 def never_negative(graph: Graph, name: str) -> bool:
     """Token ids, positions, and what shapes and sums make of them."""
     op = graph.op(name)
@@ -258,5 +267,5 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "lax.convert_element_type": (_convert,),
     "lax.mul": (_neutral(1),), "lax.div": (_neutral(1, right_only=True),), "lax.add": (_neutral(0),),
     "lax.sub": (_neutral(0, right_only=True),), "lax.max": (_neutral(-math.inf),),
-    "lax.min": (_neutral(math.inf),), "lax.select_n": (_wrap_negative,),
+    "lax.min": (_neutral(math.inf),), "lax.select_n": (_chosen, _wrap_negative),
 }  # fmt: skip

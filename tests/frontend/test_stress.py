@@ -47,7 +47,7 @@ def program(mix: Mix) -> Source:
     rng = np.random.default_rng(0)
     shapes = {
         "embed": (VOCAB, WIDTH), "q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH), "v": (WIDTH, WIDTH), "conv": (4, WIDTH),
-        "up": (WIDTH, 48), "down": (48, WIDTH), "head": (WIDTH, VOCAB),
+        "up": (WIDTH, 48), "down": (48, WIDTH), "head": (WIDTH, VOCAB), "sink": (1,),
     }  # fmt: skip
     params = {name: rng.normal(size=shape, scale=0.2).astype(np.float32) for name, shape in shapes.items()}
 
@@ -170,6 +170,30 @@ def no_pads(p: Any, x: jax.Array) -> jax.Array:
     return attend(p, x, (there & causal(x)) | jnp.eye(x.shape[1], dtype=bool)[None])
 
 
+def counted(p: Any, x: jax.Array) -> jax.Array:
+    """Positions count the tokens that are no padding, which nobody else sees."""
+    there = x[..., 0] > 0
+    place = jnp.maximum(jnp.cumsum(there, axis=1) - 1, 0)
+    angles = place[..., None] / 100.0 ** (jnp.arange(16) / 16)
+    rows = x + jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+    return attend(p, rows, (there[:, None] & causal(x)) | jnp.eye(x.shape[1], dtype=bool)[None])
+
+
+def flat_heads(p: Any, x: jax.Array) -> jax.Array:
+    """Sequences and heads are one axis of batched products."""
+    b, t, _ = x.shape
+    q, k, v = ((x @ p[n]).reshape(b, t, 4, 8).transpose(0, 2, 1, 3).reshape(b * 4, t, 8) for n in "qkv")
+    shares = jax.nn.softmax(jnp.where(causal(x), q @ k.swapaxes(1, 2), -1e9))
+    return (shares @ v).reshape(b, 4, t, 8).transpose(0, 2, 1, 3).reshape(b, t, WIDTH)
+
+
+def late_window(p: Any, x: jax.Array) -> jax.Array:
+    """Keys that are hidden after the softmax still count in its sum."""
+    place = jnp.arange(x.shape[1])
+    shares = jax.nn.softmax(jnp.where(causal(x), jnp.einsum("bqd,bkd->bqk", x @ p["q"], x @ p["k"]), -1e9))
+    return jnp.where(place[None] > place[:, None] - 4, shares, 0) @ (x @ p["v"])
+
+
 def block_local(p: Any, x: jax.Array) -> jax.Array:
     """Tokens see their own block of four."""
     block = jnp.arange(x.shape[1]) // 4
@@ -179,7 +203,7 @@ def block_local(p: Any, x: jax.Array) -> jax.Array:
 def sink(p: Any, x: jax.Array) -> jax.Array:
     """One more score that takes part in the softmax and stands for no token."""
     scores = jnp.where(causal(x), jnp.einsum("bqd,bkd->bqk", x @ p["q"], x @ p["k"]) / WIDTH**0.5, -1e9)
-    extra = jnp.broadcast_to(p["head"][0, 0], (*scores.shape[:2], 1))
+    extra = jnp.broadcast_to(p["sink"], (*scores.shape[:2], 1))
     return jax.nn.softmax(jnp.concatenate([scores, extra], -1))[..., :-1] @ (x @ p["v"])
 
 
@@ -321,8 +345,9 @@ DECODES: dict[Mix, Outcome] = {
     taps: Outcome("window", 3), sorted_experts: Outcome("window", 0), sorted_by_sequence: Outcome("window", 0),
     linear_attention: Outcome("running running"), mean_so_far: Outcome("running"), greatest_so_far: Outcome("running"),
     scan_over_tokens: Outcome("recur"), counting_scan: Outcome("recur"), decayed_sum: Outcome("recur"),
-    averaging: Outcome("window"), no_pads: Outcome("window"), block_local: Outcome("window"), sink: Outcome("window"),
-    relative_bias: Outcome("attention"), soft_prompt: Outcome("window"),
+    no_pads: Outcome("attention"), counted: Outcome("running attention"), block_local: Outcome("attention"),
+    sink: Outcome("attention"), relative_bias: Outcome("attention"), flat_heads: Outcome("attention"),
+    averaging: Outcome("window"), soft_prompt: Outcome("window"), late_window: Outcome("window"),
 }  # fmt: skip
 
 
@@ -402,7 +427,7 @@ def layered(mix: Mix) -> Source:
     """Three layers with weights of their own."""
     rng = np.random.default_rng(0)
     shapes = {"conv": (4, WIDTH), "up": (WIDTH, 48), "down": (48, WIDTH)} | dict.fromkeys("qkv", (WIDTH, WIDTH))
-    shapes |= {"embed": (VOCAB, WIDTH), "head": (WIDTH, VOCAB)}
+    shapes |= {"embed": (VOCAB, WIDTH), "head": (WIDTH, VOCAB), "sink": (1,)}
     whole = {n: {k: rng.normal(size=s, scale=0.2).astype(np.float32) for k, s in shapes.items()} for n in "0123"}
 
     def forward(params: Any, tokens: jax.Array) -> jax.Array:

@@ -30,10 +30,11 @@ def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 class Layer(nn.Module):
-    """Pre-norm grouped-query attention and SwiGLU; `window` limits the keys."""
+    """Pre-norm grouped-query attention and SwiGLU; `window` limits the keys, after the softmax where it is `late`."""
 
     window: int = 0
     sink: bool = False
+    late: bool = False
 
     @nn.compact
     def __call__(self, x, _=None):
@@ -44,7 +45,7 @@ class Layer(nn.Module):
         q, k = rotate(q, jnp.arange(t)), rotate(k, jnp.arange(t))
         k, v = jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2)
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / HEAD**0.5
-        scores = jnp.where(causal(t, self.window), scores, -1e9)
+        scores = jnp.where(causal(t, 0 if self.late else self.window), scores, -1e9)
         if self.sink:
             extra = jnp.broadcast_to(
                 self.param("sink", nn.initializers.ones, (HEADS,))[None, :, None, None], (b, HEADS, t, 1)
@@ -52,6 +53,8 @@ class Layer(nn.Module):
             weights = nn.softmax(jnp.concatenate([scores, extra], -1))[..., :-1]
         else:
             weights = nn.softmax(scores)
+        if self.late:
+            weights = jnp.where(causal(t, self.window), weights, 0)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, t, HEADS * HEAD)
         x = x + nn.Dense(WIDTH, use_bias=False, name="o")(mixed)
         h = nn.RMSNorm(name="norm2")(x)
@@ -65,6 +68,7 @@ class Decoder(nn.Module):
     windows: tuple[int, ...] = (0, 0, 0)
     scan: bool = False
     sink: bool = False
+    late: bool = False
 
     @nn.compact
     def __call__(self, tokens):
@@ -75,7 +79,7 @@ class Decoder(nn.Module):
             x, _ = stack(name="layers")(x, None)
         else:
             for i, window in enumerate(self.windows):
-                x, _ = Layer(window, self.sink, name=f"layers_{i}")(x)
+                x, _ = Layer(window, self.sink, self.late, name=f"layers_{i}")(x)
         return embed.attend(nn.RMSNorm(name="norm")(x))
 
 
@@ -162,4 +166,5 @@ MODELS: dict[str, Callable[[], Any]] = {
     "alibi": lambda: initialised(Alibi()),
     "nnx": lambda: (NnxModel(nnx.Rngs(0)), None),
     "sink": lambda: initialised(Decoder(sink=True, windows=(0, 0))),
+    "late": lambda: initialised(Decoder(late=True, windows=(4,))),
 }

@@ -132,6 +132,8 @@ class Scalars:
 
 
 def _const(at: Scalars, op: Op, index: Index) -> str:
+    if not isinstance(op.attrs["value"], int | float):
+        raise Unseen("the mask depends on the length of the call")
     return at.op("const", (), op.out.type.dtype, value=op.attrs["value"])  # type: ignore[arg-type]
 
 

@@ -111,6 +111,8 @@ class _Mask:
             attrs["window"] = window
         if cap:
             attrs["softcap"] = cap
+        if window is None:
+            return self._written(attrs | {"mask": "region"}, visible)
         return self._added(attrs, visible, bias)
 
     def _open(self) -> tuple[np.ndarray, np.ndarray]:
@@ -173,6 +175,8 @@ class _Mask:
         made = self._added_by(form, used, n)
         seen = np.broadcast_to(visible, zero.shape) & ((zero > self.limit) | (not self.rows))
         far = np.isinf(made) | np.isinf(zero)
+        if (made[:, ~visible & np.tri(n, dtype=bool)] > self.limit).any() and not form.attrs.get("window"):
+            raise Unseen("keys are hidden by more than what is added to the scores")
         same = np.allclose(np.where(far, 0, made)[:, visible], np.where(far, 0, zero)[:, visible], rtol=1e-5, atol=1e-5)
         alone = np.allclose(one[seen] - zero[seen], answer, rtol=1e-4, atol=1e-4)
         if not same or not alone or (far & seen).any():
@@ -227,16 +231,16 @@ class _Mask:
             raise Unseen("heads see different keys")
         return ~hidden[0], np.where(hidden, 0, z)
 
-    def _window(self) -> int:
-        """How many keys up to its own a query sees; 0 for all."""
+    def _window(self) -> int | None:
+        """How many keys up to its own a query sees; 0 for all, None where these are not the nearest."""
         queries, keys = self._some(), np.arange(self.context)
         seen = self._seen(queries, keys)
         if (seen & (keys[None] > queries[:, None])).any():
             raise Unseen("not causal: a query sees later keys")
         width = int(seen[-1].sum())
         wanted = (keys[None] <= queries[:, None]) & (keys[None] > queries[:, None] - width)
-        if width == 0 or (seen != wanted).any():
-            raise Unseen("the mask is neither causal nor a window")
+        if (seen != wanted).any():
+            return None
         return width if width < self.context else 0
 
     def _some(self) -> np.ndarray:

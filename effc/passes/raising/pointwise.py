@@ -111,7 +111,7 @@ _ZERO = np.zeros((), np.int64)
 
 
 def _const(at: At, op: Op, index: Index) -> Any:
-    return np.asarray(op.attrs["value"])
+    return np.asarray(concrete(op.attrs["value"], at.sizes))
 
 
 def _iota(at: At, op: Op, index: Index) -> Any:
