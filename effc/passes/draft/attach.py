@@ -40,6 +40,7 @@ class Draft(Pass):
     model: str = option("", "checkpoint or artifact of kind=model, of the same vocabulary")
     layers: int = option(0, "layers of kind=self; 0 is a quarter of them")
     vocab: int = option(8192, "tokens that kind=self and kind=head can draft, those used most; 0 is all")
+    prompts: str = option("", "file of prompts, one a line: kind=self and kind=head learn from the target's answers")
     force: bool = option(False, "draft even where it was measured not to pay")
 
     def requires(self, module: Module) -> None:
@@ -50,6 +51,10 @@ class Draft(Pass):
             raise PassError("draft: gamma, layers and vocab, want 0 or more")
         if (self.kind == "model") != bool(self.model):
             raise PassError("draft: kind=model and model=PATH go together")
+        if self.prompts and self.kind not in ("self", "head"):
+            raise PassError(
+                f"draft: prompts are what kind=self and kind=head learn from, want none for kind={self.kind}"
+            )
         if self.kind in ("int4", "self", "head"):
             coded = [n for n, p in module.params.items() if isinstance(p.type.dtype, Quant)]
             if coded:
@@ -92,13 +97,13 @@ class Draft(Pass):
         """Which tokens it can draft is found out first, then its arrays are fitted."""
         from effc.passes.draft import train  # optax, for who trains
 
-        model = context.model(module, store)
-        lesson, ids = train.read(model, context, self.kind == "head"), None
+        source = train.Source(self.kind == "head", Path(self.prompts) if self.prompts else None)
+        lesson, ids = train.read(self.name, module, store, context, source), None
         if head.IDS in module.params:
             count = int(str(module.params[head.IDS].type.shape[0]))
             ids = train.frequent(lesson, count, cut(self.name, module).vocab)
             store = head.with_ids(self.name, module, store, ids)
-            model = context.model(module, store)
+        model = context.model(module, store)
         return model.store(train.fit(model, lesson, ids, context), store)
 
     def calibrates(self) -> bool:

@@ -27,7 +27,7 @@ def head_attached(name: str, module: Module, vocab: int) -> Module:
     parts = cut(name, module)
     func, params = _head(name, module, parts, vocab)
     _, new, _ = _tail(module, parts, vocab)
-    verify = _tapped(parts)
+    verify = tapped(parts)
     params = {**module.params, **params, **new}
     return replace(module, params=params, funcs={**module.funcs, VERIFY: verify, PREFIX: func})
 
@@ -59,7 +59,7 @@ def _depths(parts: Cut) -> list[int]:
     return sorted({max(1, times * n // DEPTHS) for n in range(1, DEPTHS + 1)})
 
 
-def _tapped(parts: Cut) -> Func:
+def tapped(parts: Cut) -> Func:
     """The forward function with one more result: what lies between the layers, side by side."""
     names, loop, depths = names_of(parts.func), parts.loop, _depths(parts)
     start = int(str(loop.attrs.get("start", 0)))

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from effc.passes.draft.lesson import FIELDS, TOP, Lesson, keep, kept, learned
+from effc.errors import EffcError
+from effc.ir.core import Module
+from effc.passes.draft.lesson import Lesson, keep, kept, learned
+from effc.passes.draft.scribe import Scribe, scribe
 from effc.runtime.train.budget import Budget
 from effc.runtime.train.losses import mean
 from effc.runtime.train.plan import Batch, Plan, Tick, Tree
 from effc.runtime.train.tree import chosen
+from effc.weights import Store
 
 if TYPE_CHECKING:
+    from effc.frontend.tokenizer import Tokenizer
     from effc.passes.context import Context, Model
 
 ROWS, LENGTH = 4, 128
 """Sequences of a step and their tokens: small steps, since there is little time."""
+
+ROWS_READ, WHOLE = 16, 256
+"""Texts read or written at a time, and the tokens of a prompt with its answer."""
 
 STEPS = 2
 """How far a head follows its own features while it is trained."""
@@ -38,39 +47,75 @@ LEAST = 64
 """Sequences read whatever the budget; twice as many batches as steps where that counts steps."""
 
 
-def read(model: Model, context: Context, features: bool) -> Lesson:
+@dataclass(frozen=True)
+class Source:
+    """What is read: answers to prompts, a line of the file each, or the training text; features where a head reads."""
+
+    features: bool
+    prompts: Path | None = None
+
+
+def read(made_by: str, module: Module, store: Store, context: Context, source: Source) -> Lesson:
     """What the target makes of the training text, as much as the budget allows; on disk for when this is resumed."""
-    folder = context.folder / "lesson"
+    folder = context.folder / f"lesson-{_key(context, source)}"
     whole = folder / "seconds"
     if not whole.exists():
-        whole.write_text(str(_read(model, context, features, folder)))
+        start = time.perf_counter()
+        reader = scribe(made_by, module, store, context, source.features)
+        for number, chunk in enumerate(_chunks(reader, context, source)):
+            keep(folder, number, chunk)
+            if not _reads_on(context.budget, (number + 1) * ROWS_READ, time.perf_counter() - start):
+                break
+        whole.write_text(str(time.perf_counter() - start))
     return Lesson(list(kept(folder)), float(whole.read_text()))
 
 
-def _read(model: Model, context: Context, features: bool, folder: Path) -> float:
-    """Chunks of the lesson; the seconds they took."""
-    verify = model.program.entries["verify"] if features else model.program.extend
-
-    @jax.jit
-    def see(params: Tree, tokens: jax.Array) -> tuple[Any, ...]:
-        logits, *others, _ = verify(params, tokens)
-        top, ids = lax.top_k(logits, min(TOP, logits.shape[-1]))
-        return ids, top.astype(jnp.float16), *(x.astype(jnp.float16) for x in others)
-
-    start, batches, number = time.perf_counter(), context.batches(ROWS, LENGTH), 0
-    most = None if context.ids is None else max(1, len(context.ids) // LENGTH)
-    while _reads_on(context.budget, number * ROWS, time.perf_counter() - start, most):
-        tokens = np.asarray(batches(number, None)["tokens"], np.int32)
-        made = map(np.asarray, see(model.params, tokens))
-        spans = np.tile(np.asarray([[1, tokens.shape[1]]], np.int32), (ROWS, 1))
-        keep(folder, number, dict(zip(FIELDS, (tokens, spans, *made), strict=False)))
-        number += 1
-    return time.perf_counter() - start
+def _key(context: Context, source: Source) -> str:
+    """Of what is read: other texts are another lesson."""
+    told = (
+        source.prompts.read_bytes() if source.prompts and source.prompts.is_file() else (context.calib or "").encode()
+    )
+    return hashlib.sha256(told + f"{source.features} {context.seed}".encode()).hexdigest()[:12]
 
 
-def _reads_on(budget: Budget, rows: int, seconds: float, most: int | None) -> bool:
-    if most is not None and rows >= most:
-        return False
+def _chunks(reader: Scribe, context: Context, source: Source) -> Iterator[Mapping[str, np.ndarray]]:
+    """Answers to the prompts where there are some, all of them once; else windows of the training text."""
+    if source.prompts:
+        prompts = _prompts(context, source.prompts)
+        for number, at in enumerate(range(0, len(prompts), ROWS_READ)):
+            rows = prompts[at : at + ROWS_READ]
+            yield reader.answers(rows, WHOLE, context.seed * 100_003 + number)
+        return
+    batches = context.batches(ROWS_READ, LENGTH)
+    most = None if context.ids is None else max(1, len(context.ids) // (LENGTH * ROWS_READ))
+    for number in itertools.count() if most is None else range(most):
+        yield reader.reads(np.asarray(batches(number, None)["tokens"], np.int32))
+
+
+def _prompts(context: Context, file: Path) -> list[list[int]]:
+    """The lines of a file as prompts, in the chat template where there is one, in an order by the seed."""
+    tokenizer = context.tokenizer
+    if tokenizer is None:
+        raise EffcError(f"{context.name}: {file} needs a tokenizer, and the model has none")
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise EffcError(f"{context.name}: {file}: {error}, want prompts, one a line") from None
+    found = [asked(tokenizer, line) for line in lines]
+    short = [ids for ids in found if 0 < len(ids) <= WHOLE // 2]
+    if not short:
+        raise EffcError(f"{context.name}: {file}: no prompt of 1 to {WHOLE // 2} tokens, want some, one a line")
+    return [short[i] for i in np.random.default_rng(context.seed).permutation(len(short))]
+
+
+def asked(tokenizer: Tokenizer, line: str) -> list[int]:
+    """A prompt's tokens, as `generate` makes them."""
+    if tokenizer.chat_template is None:
+        return tokenizer.encode(line)
+    return tokenizer.encode(tokenizer.apply_chat([{"role": "user", "content": line}]), specials=False)
+
+
+def _reads_on(budget: Budget, rows: int, seconds: float) -> bool:
     if budget.steps:
         return rows < min(ROWS * budget.steps, 2 * LEAST)
     return rows < LEAST or seconds < READING * 60 * budget.minutes

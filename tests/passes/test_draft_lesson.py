@@ -1,0 +1,64 @@
+"""What a drafter learns from: answers are the target's own, what is noted is what it says, chunks lie on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effc.backend.to_python import emit, load_program
+from effc.ir.parser import parse
+from effc.passes.base import Notes
+from effc.passes.draft import Draft
+from effc.passes.draft.lesson import Lesson, keep, kept, learned
+from effc.passes.draft.scribe import Scribe, likeliest
+from effc.runtime.engine import Engine
+from effc.runtime.generate import generate
+from tests.runtime.conftest import TINY, random_params
+
+PROMPTS = [[5, 9, 2, 33], [7], [1, 2, 3, 4, 1, 2, 3]]
+
+
+@pytest.fixture(scope="module")
+def reader() -> tuple[Scribe, Any]:
+    module = Draft(kind="head", vocab=16).run(parse(TINY.read_text()), Notes())
+    program = load_program(emit(module))
+    params = random_params(program, seed=3)
+    return Scribe(program.entries["verify"], params, (0,)), program
+
+
+def test_answers_are_those_of_plain_decoding(reader: tuple[Scribe, Any], tmp_path: Path) -> None:
+    scribe, _ = reader
+    plain = Engine(load_program(emit(parse(TINY.read_text()))), scribe.params)
+    stop = generate(plain, PROMPTS, max_new_tokens=16).tokens[0][7]
+    chunk = Scribe(scribe.see, scribe.params, (stop,)).answers(PROMPTS, 48, seed=0)
+    said = generate(plain, PROMPTS, max_new_tokens=16, stop_ids=[stop]).tokens
+    for row in (0, 1):  # every third is drawn
+        text = [*PROMPTS[row], *said[row]]
+        start, end = chunk["spans"][row]
+        n = min(end, len(text))
+        assert start == len(PROMPTS[row]) and chunk["tokens"][row, :n].tolist() == text[:n]
+    ended = chunk["spans"][0, 1]
+    assert chunk["ids"][0, ended - 1, 0] == stop  # that it ends there is learned too
+    again = scribe.reads(chunk["tokens"][:, :ended])
+    np.testing.assert_array_equal(again["ids"][0, :ended, 0], chunk["ids"][0, :ended, 0])
+    np.testing.assert_allclose(again["features"][0, :ended], chunk["features"][0, :ended], rtol=0.01, atol=0.01)
+    keep(tmp_path, 0, chunk)
+    keep(tmp_path, 1, chunk)
+    lesson = Lesson(list(kept(tmp_path)))
+    assert lesson.texts == 6 and lesson.features
+    np.testing.assert_array_equal(lesson.rows([4])["tokens"][0], chunk["tokens"][1])
+
+
+def test_the_likeliest_are_those_of_a_sort() -> None:
+    logits = np.random.default_rng(0).standard_normal((3, 5, 1000)).astype(np.float32)
+    ids, top = likeliest(jnp.asarray(logits), 16)
+    np.testing.assert_array_equal(ids, np.argsort(-logits, axis=-1)[..., :16])
+    np.testing.assert_allclose(top, -np.sort(-logits, axis=-1)[..., :16], rtol=1e-3, atol=1e-3)
+
+
+def test_what_a_prompt_says_is_not_learned() -> None:
+    assert learned(np.asarray([[2, 4]]), 6).tolist() == [[False, True, True, True, False, False]]
