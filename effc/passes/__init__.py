@@ -8,6 +8,7 @@ from effc.passes.calm import Calm
 from effc.passes.clean import Clean
 from effc.passes.draft import Draft
 from effc.passes.fuse import Fuse
+from effc.passes.hadamard import Hadamard
 from effc.passes.kv import Kv4, Kv8
 from effc.passes.mixed import Mixed
 from effc.passes.mor import Mor
@@ -17,7 +18,8 @@ from effc.passes.quant8 import Quant8
 from effc.passes.smooth import Smooth
 
 PASSES: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (Clean, Mor, Calm, Draft, Smooth, Quant8, Quant4, Mixed, Qat, Kv8, Kv4, Act8, Fuse)
+    cls.name: cls
+    for cls in (Clean, Mor, Calm, Draft, Smooth, Hadamard, Quant8, Quant4, Mixed, Qat, Kv8, Kv4, Act8, Fuse)
 }
 """Every pass, in the order of the phases."""
 
@@ -29,6 +31,7 @@ __all__ = [
     "Draft",
     "Exactness",
     "Fuse",
+    "Hadamard",
     "Kv4",
     "Kv8",
     "Mixed",
