@@ -53,16 +53,16 @@ class Rows:
 
     def kept_as(self, kind: str) -> Rows:
         """The same where the program leaves it open how keys and values are kept."""
-        if self.kind != "float" or kind == "float":
+        if self.kind != "float" or kind == "float" or any(x.dtype != jnp.float32 for x in self.values[:2]):
             return self
         return replace(self, values=_coded(self.values, self.heads, kind), kind=kind)
 
 
 def _coded(values: Sequence[jax.Array], heads: Sequence[int], kind: str) -> tuple[jax.Array, ...]:
-    """Keys and values, which come first, as stored; not what has no heads, or is half as wide already."""
+    """Keys and values, which come first, as stored; what has no heads as it is."""
     if kind == EXACT:
         return tuple(values)
-    first = [coded.encode(x, kind) if g and x.dtype == jnp.float32 else x for x, g in zip(values[:2], heads)]
+    first = [coded.encode(x, kind) if g else x for x, g in zip(values[:2], heads)]
     return (*first, *values[2:])
 
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effc.errors import EffcError
-from effc.runtime.cache import Cache, cache_shapes, empty_cache
+from effc.errors import EffcError, nearest
+from effc.runtime.cache import Cache, cache_shapes, empty_cache, kept_as
 from effc.runtime.drafters import speculation_of
 from effc.runtime.drafting import Choice
-from effc.runtime.kernels.region.native import packed, regions
+from effc.runtime.kernels.region.native import has_packed, packed, regions
 from effc.runtime.leaving import exits_of
 from effc.runtime.program import Program
 from effc.runtime.sampling import Numbers, Sampling, choose, row_keys
@@ -63,12 +63,23 @@ class How:
         return Choice(self.greedy, self.filters)
 
 
-class Engine:
-    """program, params, and eos: ids of tokens that end a text."""
+CACHES = {"f32": "float", "f16": "f16", "i8": "i8", "i4": "i4"}
+"""How keys and values may be kept where the program leaves it open, f32 being as they are computed."""
 
-    def __init__(self, program: Program, params: Any, eos: tuple[int, ...] = ()):
+
+class Engine:
+    """program, params, and eos: ids of tokens that end a text.
+
+    cache: one of CACHES; None keeps keys and values as f16 where native code runs quantized weights, which rounds
+    activations more than that, and as computed elsewhere.
+    """
+
+    def __init__(self, program: Program, params: Any, eos: tuple[int, ...] = (), cache: str | None = None):
         keep_compiled()
+        if cache is not None and cache not in CACHES:
+            raise EffcError(f"cache: '{cache}', want one of {', '.join(CACHES)}{nearest(cache, CACHES)}")
         self.program, self.params, self.eos = program, packed(params), eos
+        self.cache = cache or ("f16" if has_packed(self.params) else "f32")
         self.context, self.speculation = program.context, speculation_of(program, params)
         self.exits = exits_of(program)
         self.forward = jax.jit(regions(program.forward))
@@ -94,7 +105,8 @@ class Engine:
         """A cache with room for at least this many tokens in each sequence."""
         if batch not in self._shapes:
             start = time.perf_counter()
-            self._shapes[batch] = cache_shapes(self.program.extend, self.params, batch)
+            shapes = cache_shapes(self.program.extend, self.params, batch)
+            self._shapes[batch] = kept_as(shapes, CACHES[self.cache])
             self.compile_seconds += time.perf_counter() - start
         return empty_cache(self._shapes[batch], -(-tokens // ROUND) * ROUND)
 

@@ -217,6 +217,28 @@ def test_blocks(name: str, tokens: int) -> None:
         near(a, b, 1e-3)
 
 
+# What one code more or less of new rows comes to, as a share of the largest.
+ROUNDED = {"f16": 2e-3, "i8": 0.01, "i4": 0.2}
+
+
+@pytest.mark.parametrize(("size", "flags"), [(32, ()), (20, ()), (32, native.VARIANTS["avx2"])])
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_narrow_caches(kind: str, size: int, flags: tuple[str, ...]) -> None:
+    """Of several spans, read where they lie (few tokens, whole vectors) or widened first."""
+    p = weights(64, 6, 2, size, 96, bias=False)
+    for tokens, window in ((1, 0), (5, 140), (40, 0))[: 1 if flags else 3]:
+        ids = jnp.asarray(np.random.default_rng(0).integers(0, 100, (2, tokens)), jnp.int32)
+        cache = filled(2, 2, 320, size, [7, 270])
+        cache = Cache(cache.lengths, tuple(entry.kept_as(kind) for entry in cache.entries))
+        call = partial(stack, heads=6, groups=2, window=window)
+        want, _ = jax.jit(call)(p, ids, cache)
+        ours = jax.jit(native.regions(call, flags))
+        assert ours.lower(p, ids, cache).as_text().count("effc_region") == 1
+        got, after = ours(p, ids, cache)
+        near(got, want, ROUNDED[kind] * float(jnp.abs(want).max()))
+        assert [x.dtype for x in jax.tree.leaves(after)] == [x.dtype for x in jax.tree.leaves(cache)]
+
+
 @pytest.mark.parametrize("flags", VARIANTS[1:], ids=list(native.VARIANTS))
 def test_variants_of_blocks(flags: tuple[str, ...]) -> None:
     p, ids = weights(64, 6, 2, 16, 96, bias=False), jnp.arange(10, dtype=jnp.int32)[None]

@@ -148,7 +148,7 @@ class Former:
         """The place, or a copy of it where it is only part of its slot or of an array that went in."""
         slot = place.slot
         given = slot.buffer is not None and slot.buffer[0] == "in"
-        if not given and slot.size == 4 * place.rows * place.width:
+        if slot.shape is not None or (not given and slot.size == 4 * place.rows * place.width):
             return place
         copy = known.room(place.rows, place.width)
         words = [copy, place, Place(NOWHERE, 1, 1, 0), known.COPY, place.width, 1, 0, 0.0]

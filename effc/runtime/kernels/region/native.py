@@ -120,7 +120,7 @@ def regions(function: Callable[..., Any], flags: tuple[str, ...] | None = None) 
 
     def run(*args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)
-        if not any(isinstance(leaf, Packed) for leaf in jax.tree.leaves(args, is_leaf=_is_packed)):
+        if not has_packed(args):
             return function(*args)
 
         def flat(*leaves: Any) -> Any:
@@ -134,8 +134,10 @@ def regions(function: Callable[..., Any], flags: tuple[str, ...] | None = None) 
     return run
 
 
-def _is_packed(x: Any) -> bool:
-    return isinstance(x, Packed)
+def has_packed(tree: Any) -> bool:
+    """Whether a packed matrix is among the leaves."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Packed))
+    return any(isinstance(leaf, Packed) for leaf in leaves)
 
 
 def matmul(x: jax.Array, w: Packed) -> jax.Array:

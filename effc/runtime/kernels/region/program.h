@@ -11,7 +11,7 @@
 
 namespace effc {
 
-enum Code : int64_t { kNorm = 1, kQuantize, kRope, kAppend, kMap, kArgmax, kLinear, kAttention };
+enum Code : int64_t { kNorm = 1, kQuantize, kRope, kAppend, kMap, kArgmax, kLinear, kAttention, kJoin = 12 };
 
 // Where an array lies: base -1 the scratch memory, -2 nowhere, else the number of a buffer.
 struct Ref {
@@ -58,7 +58,7 @@ struct Rope : Op {
 struct Append : Op {
   View x;
   Ref cache, lengths;
-  int64_t tokens, heads, width, capacity;
+  int64_t tokens, heads, width, capacity, kind;  // kind: see rows.h
 };
 
 // y = f(a, b); an operand's step is 0 where it is one number, which `number` is where it lies nowhere.
@@ -79,10 +79,25 @@ struct Linear : Op {
   int64_t block, rows, inner, outer, bits, group, piece, digits, type;
 };
 
+// What there is of keys, and how many of the last a token sees (0: all).
+struct Seen {
+  int64_t capacity, window;
+};
+
+// To y, or where there are spans (the most that a token sees) to `parts`, for Join.
 struct Attention : Op {
   View q, y;
-  Ref keys, values, positions;
-  int64_t batch, tokens, heads, groups, width, value_width, capacity, window, scale, softcap;
+  Ref keys, values, positions, sinks, parts;
+  int64_t batch, tokens, heads, groups, width, value_width, kind, value_kind, spans;
+  Seen seen;
+  int64_t scale, softcap;  // bits of doubles
+};
+
+struct Join : Op {
+  View y;
+  Ref parts, positions, sinks;
+  int64_t heads, width, spans;
+  Seen seen;
 };
 
 inline double Number(int64_t bits) { return LoadAs<double>(&bits); }

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 NORM, QUANTIZE, ROPE, APPEND, MAP, ARGMAX, LINEAR, ATTENTION = range(1, 9)
+JOIN = 12
 
 _ALIGN = 64
 
@@ -102,7 +103,7 @@ class Program:
         """The slot of an array that goes in and comes out changed in place."""
         number = self.input(array).buffer
         assert number is not None
-        slot = Slot(4 * array.size, shape=array.shape)
+        slot = Slot(array.size * array.dtype.itemsize, array.dtype.name, array.shape)
         self.aliases[number[1]] = self.output(slot)
         return slot
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "program.h"
+#include "rows.h"
 
 namespace effc {
 
@@ -67,8 +68,8 @@ inline void Run(const Append& op, const Memory& memory, int64_t row) {
   const int64_t at = std::max<int64_t>(0, std::min(length, op.capacity - op.tokens)) + row % op.tokens;
   const float* x = memory.Row(op.x, row);
   for (int64_t g = 0; g < op.heads; ++g) {
-    float* to = memory.At<float>(op.cache) + ((sequence * op.heads + g) * op.capacity + at) * op.width;
-    std::memcpy(to, x + g * op.width, op.width * sizeof(float));
+    const int64_t before = (sequence * op.heads + g) * op.capacity + at;
+    Keep(x + g * op.width, op.kind, op.width, memory.At<char>(op.cache) + before * RowBytes(op.kind, op.width));
   }
 }
 

@@ -27,8 +27,12 @@ FUNCTIONS = (
 
 COPY = FUNCTIONS.index("copy")
 
+SPAN, FEW = 128, 8
+"""Keys that one task of attention takes, and tokens up to which it takes no more; SPAN is attention.h's too."""
+
 _VIEWS = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "slice"})
 _NONE = Place(NOWHERE, 1, 1, 0)
+_KINDS = ("float32", "float16", "int8", "uint8")
 _TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 
@@ -62,7 +66,8 @@ def join(former: Former, step: Step) -> bool:
     """Adds the step to the open region; whether it could."""
     if step.eqn.primitive is record.LAYER:
         take = _LAYERS.get(step.params["name"])
-        return take is not None and _wide(step.out()) and take(former, step, _Args(former, step))
+        wide = _wide(step.out()) or take is _append
+        return take is not None and wide and take(former, step, _Args(former, step))
     if not any(former.inside(atom) for atom in step.ins):
         return False
     if step.name in FUNCTIONS:
@@ -178,41 +183,62 @@ def _rope(former: Former, step: Step, args: _Args) -> bool:
 
 
 def _append(former: Former, step: Step, args: _Args) -> bool:
-    """A row of a cache [b*g,S,d] for each new token, in place: nothing else may read the old cache."""
+    """A row of a cache [b*g,S,m] for each new token, in place: nothing else may read the old cache."""
     old, new, lengths = args.values
     x, cache, at = args.place(new), args.outside(old), args.outside(lengths)
-    if x is None or cache is None or at is None or cache.dtype != np.float32 or cache.ndim != 3:
+    if x is None or cache is None or at is None or cache.ndim != 3:
         return False
     _, tokens, heads, width = step.shape(1)
+    kind = _kind(cache.dtype)
+    if kind is None or (cache.dtype == np.uint8 and width % 2):
+        return False
     if former.last[args.atoms[old]] != former.at or former.program.takes(cache):
         return False
     slot = former.program.update(cache)
     counts = former.program.input(at)
-    words = [x, slot, counts, tokens, heads, width, cache.shape[1]]
+    words = [x, slot, counts, tokens, heads, width, cache.shape[1], kind]
     former.program.by_rows(ops.APPEND, words, [x.slot, counts], slot, x.rows)
-    former.places[step.outs[0]] = Place(slot, 1, cache.size, cache.size)
+    former.places[step.outs[0]] = Place(slot, 1, slot.size // 4, slot.size // 4)
     former.caches[step.outs[0]] = slot
     return True
 
 
+def _kind(dtype: Any) -> int | None:
+    """How a cache of that dtype keeps its rows, by its number in rows.h."""
+    return _KINDS.index(dtype.name) if dtype.name in _KINDS else None
+
+
 def _attention(former: Former, step: Step, args: _Args) -> bool:
-    q, *stored = args.values[:3]
-    if jax.tree.leaves(args.values[4:]):  # rows that a bias reads, or sinks
+    q, keys, values, positions, bias, keyed, asked, sinks = (*args.values, *(None,) * 4)[:8]
+    if bias is not None or keyed or asked:
         return False
-    x = args.place(q)
-    keys, values = (_cache_of(former, args.atoms[number]) for number in stored)
-    positions = args.outside(args.values[3])
-    if x is None or keys is None or values is None or positions is None or positions.dtype != np.int32:
+    x, sink = args.place(q), args.place(sinks)
+    stored = [_cache_of(former, args.atoms[number]) for number in (keys, values)]
+    where = args.outside(positions)
+    if x is None or sink is None or None in stored or where is None or where.dtype != np.int32:
         return False
+    former.places[step.outs[0]] = _attended(former, step, args, x, [*stored, former.program.input(where), sink.slot])
+    return True
+
+
+def _attended(former: Former, step: Step, args: _Args, x: Place, arrays: list[Any]) -> Place:
+    """Few tokens: stretches of keys are shared among threads, and what they come to is joined."""
     batch, tokens, heads, width = step.shape()
     _, capacity, groups, value_width = step.shape(2)
-    y, where = room(x.rows, heads * value_width), former.program.input(positions)
-    sizes = [batch, tokens, heads, groups, width, value_width, capacity, args.keywords.get("window", 0)]
+    seen = [capacity, args.keywords.get("window", 0)]
+    kinds = [_KINDS.index(slot.dtype) for slot in arrays[:2]]
+    spans = -(-capacity // SPAN) if tokens <= FEW else 0
+    y = room(x.rows, heads * value_width)
+    parts = Slot(4 * x.rows * spans * heads * (value_width + 2)) if spans else NOWHERE
+    sizes = [batch, tokens, heads, groups, width, value_width, *kinds, spans, *seen]
     numbers = [float(args.keywords.get("scale", 1.0)), float(args.keywords.get("softcap", 0.0))]
-    words = [x, y, keys, values, where, *sizes, *numbers]
-    former.program.together(ops.ATTENTION, words, [x.slot, keys, values, where], y.slot)
-    former.places[step.outs[0]] = y
-    return True
+    words = [x, y if not spans else _NONE, *arrays, parts, *sizes, *numbers]
+    former.program.together(ops.ATTENTION, words, [x.slot, *arrays], parts if spans else y.slot)
+    if spans:
+        _, _, positions, sinks = arrays
+        joined = [y, parts, positions, sinks, heads, value_width, spans, *seen]
+        former.program.by_rows(ops.JOIN, joined, [parts, positions, sinks], y.slot, x.rows)
+    return y
 
 
 def _cache_of(former: Former, atom: Any) -> Slot | None:

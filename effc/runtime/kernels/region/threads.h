@@ -102,7 +102,7 @@ class Work {
 
   int64_t Tasks(const Op& op) const {
     if (op.code == kLinear) return effc::Tasks(static_cast<const Linear&>(op), memory_, threads_);
-    return effc::Tasks(static_cast<const Attention&>(op));
+    return effc::Tasks(static_cast<const Attention&>(op), memory_);
   }
 
   void RunTask(const Stage& stage, int64_t task) const {
@@ -127,6 +127,7 @@ class Work {
       case kAppend: return Run(static_cast<const Append&>(op), memory_, row);
       case kMap: return Run(static_cast<const Map&>(op), memory_, row);
       case kArgmax: return Run(static_cast<const Argmax&>(op), memory_, row);
+      case kJoin: return Run(static_cast<const Join&>(op), memory_, row);
     }
   }
 
