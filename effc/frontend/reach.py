@@ -13,7 +13,7 @@ import numpy as np
 
 from effc.ir.core import Func, Op, walk
 from effc.ir.interpret import Context, evaluate_func, shape_of
-from effc.ir.ops import ELEMENTWISE
+from effc.ir.ops import ELEMENTWISE, OPS, Along
 from effc.ir.types import NUMPY, Type
 
 ROWS = 48
@@ -160,8 +160,9 @@ def _band(needs: np.ndarray) -> int | None:
 
 
 def _apart(op: Op) -> bool:
-    moves = {"lax.reshape", "lax.transpose", "lax.broadcast_in_dim", "const"}
-    return op.kind in ELEMENTWISE or op.kind in moves
+    moves = {"lax.reshape", "lax.transpose", "lax.broadcast_in_dim"}
+    row = OPS.get(op.kind)
+    return op.kind in ELEMENTWISE or op.kind in moves or (row is not None and row.along is Along.LOCAL)
 
 
 def _sizes(rows: int) -> dict[str, int]:

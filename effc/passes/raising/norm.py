@@ -90,7 +90,9 @@ class Readers:
 def _raise(graph: Graph, anchor: str, readers: Readers, known: dict[str, Fit | None]) -> bool:
     """Replace the longest formula around the anchor that is a norm; whether there is one."""
     x = _source(graph, anchor)
-    for y, leaves in reversed(list(_candidates(graph, anchor, x, readers))) if x is not None else ():
+    if x is None:
+        return False
+    for y, leaves in reversed(list(_candidates(graph, anchor, x, readers))):
         fit = _fit(graph, x, y, leaves, known)
         if fit is not None:
             done = _replace(graph, x, y, leaves, fit)
