@@ -106,6 +106,29 @@ class _Module(argparse.Action):
         namespace.module = f"{name}({inputs}" if inputs else name
 
 
+def output_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Where an artifact goes."""
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--output", type=Path, required=required, metavar="DIR", help="artifact to write")
+    group.add_argument("--force", action="store_true", help="replace an artifact that is there")
+
+
+def measuring_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What the report measures; the group, for more of the verb's own."""
+    group = parser.add_argument_group("measuring")
+    group.add_argument("--eval", type=Path, metavar="FILE", help="text to measure perplexity and KL on")
+    group.add_argument("--no-speed", action="store_true", help="leave tokens/s out of the report")
+    return group
+
+
+def work_options(group: Any) -> None:
+    """What lets training be repeated and resumed."""
+    group.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
+    group.add_argument(
+        "--work", type=Path, metavar="DIR", help="keep checkpoints of training here; the same command resumes"
+    )
+
+
 def json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 

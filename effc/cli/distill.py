@@ -7,7 +7,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effc.cli.arguments import json_option, positive, progress_console, show, verb
+from effc.cli.arguments import (
+    json_option,
+    measuring_options,
+    output_options,
+    positive,
+    progress_console,
+    show,
+    verb,
+    work_options,
+)
 from effc.errors import EffcError
 
 if TYPE_CHECKING:
@@ -34,10 +43,11 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--from", dest="teacher", type=Path, required=True, metavar="TEACHER", help="its teacher")
     parser.add_argument("--layers", help="no STUDENT, but layers of the teacher: how many (5), or which (0,3,6,11)")
     parser.add_argument("--config", default="{}", metavar="JSON", help="arguments for FUNC")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="artifact to write")
-    parser.add_argument("--force", action="store_true", help="replace an artifact that is there")
+    output_options(parser, required=True)
     _training(parser)
-    _measuring(parser)
+    measuring_options(parser).add_argument(
+        "--no-baseline", action="store_true", help="do not train on the text alone as well"
+    )
     json_option(parser)
 
 
@@ -54,15 +64,7 @@ def _training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--length", type=positive, default=128, help="tokens of each (default 128)")
     group.add_argument("--accumulate", type=positive, default=1, help="parts a step is cut into, to save memory")
     group.add_argument("--lr", type=float, default=1e-3, help="greatest learning rate (default 0.001)")
-    group.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
-    group.add_argument("--work", type=Path, metavar="DIR", help="keep checkpoints here; the same command resumes")
-
-
-def _measuring(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("measuring")
-    group.add_argument("--eval", type=Path, metavar="FILE", help="text to measure perplexity and KL on")
-    group.add_argument("--no-baseline", action="store_true", help="do not train on the text alone as well")
-    group.add_argument("--no-speed", action="store_true", help="leave tokens/s out of the report")
+    work_options(group)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,7 +6,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from effc.cli.arguments import json_option, memory, model_options, progress_console, show, verb
+from effc.cli.arguments import (
+    json_option,
+    measuring_options,
+    memory,
+    model_options,
+    output_options,
+    progress_console,
+    show,
+    verb,
+    work_options,
+)
 from effc.errors import EffcError
 
 if TYPE_CHECKING:
@@ -24,25 +34,20 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "effc optimize weights.safetensors --module model.py:build --dry-run --passes quant8",
     )
     parser.add_argument("model", type=Path, help="checkpoint: model.ckpt, Hugging Face folder, .gguf, .msgpack, Orbax")
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="artifact to write; must not be there yet")
-    parser.add_argument("--force", action="store_true", help="replace an artifact that is there")
     parser.add_argument(
         "--passes", default="", help="what to do, in any order: quant4{group=64},fuse (see effc passes)"
     )
-    parser.add_argument("--eval", type=Path, metavar="FILE", help="text to measure perplexity and KL on")
     parser.add_argument("--calib", type=Path, metavar="FILE", help="text for passes that train or calibrate")
     parser.add_argument(
         "--heal", default="", metavar="BUDGET", help="training of all passes together: 10m, 90s, 500 steps"
     )
-    parser.add_argument(
-        "--work", type=Path, metavar="DIR", help="keep checkpoints of training here; the same command resumes"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
+    work_options(parser)
     parser.add_argument(
         "--max-memory", type=memory, default=0, metavar="SIZE", help="stop, writing nothing, where it takes more: 3GB"
     )
-    parser.add_argument("--no-speed", action="store_true", help="leave tokens/s out of the report")
     parser.add_argument("--export", action="store_true", help="also write StableHLO programs (jax.export)")
+    output_options(parser, required=False)
+    measuring_options(parser)
     _ir_options(parser)
     model_options(parser)
     json_option(parser)
