@@ -14,6 +14,7 @@ from pathlib import Path
 
 from effc.errors import EffcError
 from effc.generator import Generator
+from effc.passes.draft.plan import measure
 from effc.runtime.engine import Engine
 from effc.runtime.generate import Drafted, Stats, generate
 
@@ -109,17 +110,30 @@ def _noted(row: Row, plain: Stats, drafts: Stats) -> None:
         row.told.append(drafts.draft)
 
 
+def retimed(engine: Engine) -> Engine:
+    """With the costs of this machine as it is now: an artifact made on a busy one holds those of a busy one."""
+    assert engine.speculation is not None
+    costs = measure(engine, engine.speculation.widths.most)
+    curve = ", ".join(f"{cost:.2f}" for cost in costs.curve)
+    print(f"T(1) {1e3 * costs.step:.2f} ms, T(k)/T(1) {curve}; a draft token {costs.draft:.3f}")
+    decode = {**engine.program.decode, "curve": costs.curve, "cost": costs.draft}
+    return Engine(replace(engine.program, decode=decode), engine.params, engine.eos)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="An artifact with a drafter against itself without.")
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--retime", action="store_true", help="go by costs as they are now, not as optimize found them")
     parser.add_argument("--set", choices=("quoting", "free"), help="one set of prompts; both without")
     options = parser.parse_args()
     generator = Generator.open(options.artifact)
     drafts = generator.engine
     if drafts.speculation is None:
         raise SystemExit(EffcError(f"{options.artifact}: it has no drafter that runs, want one"))
+    if options.retime:
+        drafts = retimed(drafts)
     plain = Engine(replace(drafts.program, decode={}), drafts.params, drafts.eos)
     print("prompts      plain    drafts  ratio  tokens/call  drafting  same     accepted by position")
     for name, texts in (("quoting", QUOTING), ("free", FREE)):

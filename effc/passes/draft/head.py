@@ -105,7 +105,8 @@ def _head(name: str, module: Module, parts: Cut, vocab: int) -> tuple[Func, dict
     own, told = _side_by_side(names, [Value(y, hidden.type)] * count)
     tail, _, _ = _tail(module, parts, vocab)
     after = substitute(Func("", (), tail, parts.func.results), {hidden.name: y}).ops
-    ops = (*parts.before, *begin, *body, *own, *after)
+    # Features last: native code runs all before them as one piece.
+    ops = (*parts.before, *begin, *body, *after, *own)
     return Func(PREFIX, (tokens, features), ops, (*parts.func.results, told)), params
 
 
