@@ -17,7 +17,7 @@ from effc.passes.quant.sensitivity import Sensitivity, harms, nbytes, sensitivit
 from effc.passes.quant.spans import Came, Cut, cut, loops, outstanding, parse_cuts, spell_cuts, stacked
 from effc.passes.quant.statistics import Statistics, statistics
 from effc.passes.quant.text import calibration_tokens
-from effc.passes.weight_rules import fitting_group, kinds, plan, recoded, summarize
+from effc.passes.weight_rules import bytes_by_dtype, fitting_group, kinds, plan, recoded, summarize
 from effc.weights import Store
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ class Mixed(WeightPass):
             alike = {n: [_steps(q) * _weights(module, n) for q in forms] for n, forms in open_.items()}
             quants |= self._spent(module, quants, open_, alike)
         summarize(module, quants, notes)
-        return recoded(module, quants)
+        after = recoded(module, quants)
+        notes.chose(f"{bytes_by_dtype(module)} -> {bytes_by_dtype(after)}")
+        return after
 
     def prepared(self, before: Module, store: Store) -> tuple[Module, Store, Came]:
         cut_ = self._cut(before)

@@ -13,7 +13,7 @@ from effc.ir.types import Quant, Type
 from effc.passes.base import Notes, PassError
 from effc.passes.quant.rules import FORMATS, Rule, check_used, first
 from effc.passes.quantizer import Method, quantize
-from effc.weights import Arrays, Lazy, Store, nbytes
+from effc.weights import Arrays, Lazy, Store, elements, nbytes
 
 SMALL = 32
 """Matrices of fewer outputs (routers, gates) are left alone: they cost nothing and decide much."""
@@ -90,9 +90,24 @@ def coded(before: Module, after: Module, store: Store, method: Method) -> list[L
 
 
 def shrinks(name: str, before: Module, after: Module) -> None:
-    """Raise PassError where coding did not save bytes."""
+    """Raise PassError where coding did not save bytes: of every array that is coded, and of all together."""
+    for was, param in ((before.params.get(n), p) for n, p in after.params.items()):
+        if was and was.type != param.type and param.type.nbytes() >= was.type.nbytes():
+            raise PassError(f"{name}: {param.name} takes {param.type.nbytes()} bytes as {param.type}, "
+                            f"{was.type.nbytes()} before: want fewer bits or wider groups")  # fmt: skip
     if before != after and nbytes(after) >= nbytes(before):
         raise PassError(f"{name}: {nbytes(after)} bytes of weights after, {nbytes(before)} before: nothing was saved")
+
+
+def bytes_by_dtype(module: Module) -> str:
+    """`q4 12.3 MB, f32 0.1 MB, 4.9 bits a weight`."""
+    sizes: dict[str, int] = {}
+    for param in module.params.values():
+        dtype = param.type.dtype
+        short = dtype.dtype if isinstance(dtype, Quant) else dtype
+        sizes[short] = sizes.get(short, 0) + param.count * param.type.nbytes()
+    told = [f"{dtype} {size / 1e6:.2f} MB" for dtype, size in sorted(sizes.items(), key=lambda item: -item[1])]
+    return f"{', '.join(told)}, {8 * sum(sizes.values()) / max(elements(module), 1):.2f} bits a weight"
 
 
 def head_params(module: Module) -> frozenset[str]:

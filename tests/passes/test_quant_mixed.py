@@ -60,7 +60,7 @@ def test_without_arrays_it_spends_what_it_may(tiny) -> None:
 
 
 def test_too_few_bits_are_refused(tiny) -> None:
-    with pytest.raises(PassError, match=r"mixed: bits=3, want 4\.\d+ or more"):
+    with pytest.raises(PassError, match=r"mixed: bits=3, want 3\.\d+ or more"):
         runner.step(Mixed(bits=3.0), tiny)
 
 

@@ -14,7 +14,7 @@ from effc.passes.quant.spans import Came
 from effc.passes.quant.statistics import statistics
 from effc.passes.quant.text import calibration_tokens
 from effc.passes.quantizer import Method
-from effc.passes.weight_rules import Rules, coded, plan, recoded, shrinks
+from effc.passes.weight_rules import Rules, bytes_by_dtype, coded, plan, recoded, shrinks
 from effc.weights import Lazy, Store
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ class WeightPass(Pass, ABC):
             raise PassError(f"{self.name}: tokens={self.tokens}, want 2 or more")
 
     def run(self, module: Module, notes: Notes) -> Module:
-        return recoded(module, plan(module, self.asked(), notes))
+        after = recoded(module, plan(module, self.asked(), notes))
+        notes.chose(f"{bytes_by_dtype(module)} -> {bytes_by_dtype(after)}")
+        return after
 
     def asked(self) -> Rules:
         """The options as the planner takes them."""
