@@ -215,6 +215,6 @@ MODELS = {
         "dantinox", dantinox(norm="layernorm", pos_encoding="learned", use_swiglu=False, weight_tying=False), 3
     ),
     "dantinox-sinusoid": Model("dantinox", dantinox(attention="gqa", kv_heads=2, pos_encoding="absolute"), 3),
-    "dantinox-mla": Model("dantinox", dantinox(attention="mla", down_dim_q=32, down_dim_kv=32, rope_dim=32), 3),
+    "dantinox-mla": Model("dantinox", dantinox(attention="mla", down_dim_q=32, down_dim_kv=32, rope_dim=16), 3),
 }
 SAMPLE = ("gpt2", "qwen3")

@@ -162,7 +162,7 @@ def _candidates(graph: Graph, anchor: str, x: str, readers: Readers) -> Iterator
         plain = op.outputs[0].name not in inside and op.kind in ELEMENTWISE | SHAPING
         return plain and all(leaf(graph, i) is not None for i in beside(op))
 
-    for op in readers.made_of(sorted(inside), own):
+    for op in readers.made_of([name for name in sorted(inside) if literal(graph, name) is None], own):
         name = op.outputs[0].name
         leaves = list(dict.fromkeys([*leaves, *beside(op)]))
         inside.add(name)

@@ -157,24 +157,32 @@ def _rotation(graph: Graph, x: str, y: str, positions: str, context: int) -> Rot
 def _maps(
     graph: Graph, x: str, y: str, positions: str, place: Place, at: np.ndarray
 ) -> np.ndarray | None:  # fmt: skip
-    """[position, width in, width out] for one head: y is linear in x at each position."""
+    """[position, width in, width out] for one head: y is that of each head of x, and of no other."""
     width = evaluate(graph.type(y).shape[-1], {})
     sizes = {"b": width, "t": len(at)}
-    eye = _each_unit(shape_of(graph.type(y), sizes), place, width).reshape(shape_of(graph.type(x), sizes))
+    shape = shape_of(graph.type(y), sizes)
+    units = _each_unit(shape, place, width)
+    mixed = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     names = [name for op in region(graph, [y], [x, positions]) for name in op.params.values()]
     params = {name: constant_of(graph, name) for name in names}
     if any(array is None for array in params.values()):
         return None
-    feeds = {x: eye, positions: np.broadcast_to(at, (width, len(at)))}
-    out, twice = (run_region(graph, [y], {**feeds, x: eye * k}, sizes, params)[0] for k in (1, 2))
-    split = (*out.shape[: place.batch], width, out.shape[place.batch] // width, *out.shape[place.batch + 1 :])
+    where = np.broadcast_to(at, (width, len(at)))
+
+    def run(given: np.ndarray) -> np.ndarray:
+        feeds = {x: given.reshape(shape_of(graph.type(x), sizes)), positions: where}
+        return _by_head(run_region(graph, [y], feeds, sizes, params)[0], place, width)
+
+    maps = run(units)[:, :, 0].transpose(1, 0, 2)
+    wanted = np.einsum("kphi,pio->kpho", _by_head(mixed, place, width), maps)
+    return maps if np.allclose(run(mixed), wanted, atol=1e-4) else None
+
+
+def _by_head(x: np.ndarray, place: Place, width: int) -> np.ndarray:
+    """[sequences, tokens, heads, width], of as many sequences as the width."""
+    split = (*x.shape[: place.batch], width, x.shape[place.batch] // width, *x.shape[place.batch + 1 :])
     token = place.token + (place.token > place.batch)
-    turned = np.moveaxis(out.reshape(split), (place.batch, token), (0, 1)).reshape(width, len(at), -1, width)
-    if not np.allclose(twice, 2 * out, atol=1e-5) or not np.array_equal(
-        turned, np.broadcast_to(turned[:, :, :1], turned.shape)
-    ):
-        return None
-    return turned[:, :, 0].transpose(1, 0, 2)
+    return np.moveaxis(x.reshape(split), (place.batch, token), (0, 1)).reshape(width, x.shape[place.token], -1, width)
 
 
 def _each_unit(shape: tuple[int, ...], place: Place, width: int) -> np.ndarray:
