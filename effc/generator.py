@@ -39,11 +39,13 @@ class Generator:
     tokenizer: Tokenizer
 
     @staticmethod
-    def open(path: str | Path, *, module: str | None = None, dtype: str | None = None) -> Generator:
-        """An artifact or a checkpoint; EffcError where it has no tokenizer."""
+    def open(
+        path: str | Path, *, module: str | None = None, dtype: str | None = None, cache: str | None = None
+    ) -> Generator:
+        """An artifact or a checkpoint; EffcError where it has no tokenizer. cache: as `Engine` has it."""
         opened = open_model(Path(path), module=module, dtype=dtype)
         tokenizer = opened.tokenizer()
-        return Generator(engine_of(opened, tokenizer.eos_ids), tokenizer)
+        return Generator(engine_of(opened, tokenizer.eos_ids, cache), tokenizer)
 
     def text(self, prompt: str, **options: Any) -> str:
         """What follows the prompt; options are the fields of `Asked` and of `Sampling`."""
@@ -100,15 +102,15 @@ def asked(**options: Any) -> Asked:
     return replace(Asked(sampling=Sampling(**options)), **own)
 
 
-def engine_of(opened: Opened, eos: tuple[int, ...] = ()) -> Engine:
+def engine_of(opened: Opened, eos: tuple[int, ...] = (), cache: str | None = None) -> Engine:
     """The model with its weights mapped; a checkpoint's go through a file that is then deleted."""
     program = load_program(emit(opened.module))
     if is_artifact(opened.path):
-        return Engine(program, load_params(opened.path / WEIGHTS, program.params), eos)
+        return Engine(program, load_params(opened.path / WEIGHTS, program.params), eos, cache)
     with tempfile.TemporaryDirectory(prefix="effc-") as folder:
         file = Path(folder) / WEIGHTS
         write_safetensors(file, opened.module, opened.store)
-        return Engine(program, load_params(file, program.params), eos)
+        return Engine(program, load_params(file, program.params), eos, cache)
 
 
 def _rest(shown: str, flushed: str, result: Result) -> str:

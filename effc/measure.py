@@ -20,9 +20,10 @@ from effc import evaluate
 from effc.errors import EffcError
 from effc.evaluate import Quality, Windows, vocab_of
 from effc.generator import engine_of
+from effc.ir.core import all_ops
 from effc.opened import Opened
 from effc.plan import token_bytes
-from effc.runtime.cache import Cache
+from effc.runtime.cache import Cache, Rows
 from effc.runtime.engine import Engine
 from effc.runtime.generate import Drafted, Result, generate
 from effc.runtime.kernels.region.bandwidth import bandwidth
@@ -105,20 +106,24 @@ def context_of(model: Opened) -> int | None:
 
 @dataclass
 class Timings:
-    """Tokens a second of each run, all sequences together; bytes of weights read for a token."""
+    """Tokens a second of each run, all sequences together; bytes of weights read for a step, and of one cache.
+
+    cache: how keys and values are kept.
+    """
 
     name: str
     weight_bytes: int
     token_bytes: int
+    cache: str = ""
+    cache_bytes: int = 0
     pp: list[float] = field(default_factory=list[float])
     tg: list[float] = field(default_factory=list[float])
     draft: Drafted | None = None
     """What drafts came to in the last run, where the model has a drafter."""
 
-    @property
-    def bandwidth(self) -> float:
-        """Bytes of weights a second while generating one sequence."""
-        return self.token_bytes * statistics.mean(self.tg)
+    def bandwidth(self, batch: int) -> float:
+        """Bytes a second while generating: weights once a step, each sequence's cache up to its token."""
+        return (self.token_bytes / batch + self.cache_bytes) * statistics.mean(self.tg)
 
     def json(self) -> dict[str, Any]:
         """Means, spreads (standard deviations), and every run."""
@@ -160,7 +165,7 @@ class Benchmark:
         return statistics.median(known) if known else None
 
     def share(self, model: Timings) -> float | None:
-        """Of that limit, what generating reaches with its weights alone."""
+        """Of that limit, what generating reaches."""
         return None if self.limit is None else self._bandwidth(model) * 1e9 / self.limit
 
     def ratios(self) -> dict[str, float]:
@@ -182,16 +187,17 @@ class Benchmark:
             caption += f"\n{model.name}: {model.draft}" if model.draft else ""
         table = Table(caption=caption, caption_justify="left")
         table.add_column("model")
-        for title in (f"pp{self.prompt}", f"tg{self.new}", "weights MB", "MB a token", "GB/s", "of limit"):
+        for title in (f"pp{self.prompt}", f"tg{self.new}", "weights MB", "MB a token", "cache MB", "GB/s", "of limit"):
             table.add_column(title, justify="right")
         for m in self.models:
-            sizes = (f"{m.weight_bytes / 1e6:.1f}", f"{m.token_bytes / 1e6:.1f}", f"{self._bandwidth(m):.2f}")
+            sizes = (f"{m.weight_bytes / 1e6:.1f}", f"{m.token_bytes / 1e6:.1f}")
+            sizes += (f"{m.cache_bytes / 1e6:.1f} {m.cache}", f"{self._bandwidth(m):.2f}")
             table.add_row(m.name, _spread(m.pp), _spread(m.tg), *sizes, _number(self.share(m), ".0%"))
         return table
 
     def _bandwidth(self, model: Timings) -> float:
-        """GB/s of weights read: once a step, whatever the batch."""
-        return model.bandwidth / self.batch / 1e9
+        """GB/s read: weights once a step, whatever the batch, and the rows of every cache."""
+        return model.bandwidth(self.batch) / 1e9
 
 
 def benchmark(
@@ -201,23 +207,33 @@ def benchmark(
     new: int | None = None,
     runs: int = 5,
     batch: int = 1,
+    cache: str | None = None,
     console: Console | None = None,
 ) -> Benchmark:
     """Every model once to warm up, then `runs` times in turn; random prompts, greedy, nothing ends early."""
     prompt, new = _sizes(models, prompt, new)
-    engines = [engine_of(model) for model in models]
+    engines = [engine_of(model, cache=cache) for model in models]
     stream = list[float | None]()
     timings = [Timings(str(m.path), nbytes(m.module), token_bytes(m.module)) for m in models]
     with Progress(console=console, transient=True, disable=console is None) as bar:
         for number in bar.track(range(runs + 1), description="bench"):
             for model, engine, timing in zip(models, engines, timings):
                 pp, tg, timing.draft = _run(engine, vocab_of(model.module), prompt, new, batch)
-                stream.append(bandwidth(timing.token_bytes))
+                timing.cache, timing.cache_bytes = engine.cache, cache_read(model, engine, prompt + new // 2)
+                stream.append(bandwidth(timing.token_bytes + timing.cache_bytes))
                 if number:
                     timing.pp.append(pp)
                     timing.tg.append(tg)
     curves = [verification(engine, prompt) for engine in engines]
     return Benchmark(prompt, new, batch, runs, timings, stream, curves)
+
+
+def cache_read(model: Opened, engine: Engine, length: int) -> int:
+    """Bytes of one sequence's cache that a token after `length` others reads; of windows the least counts."""
+    windows = [op.attrs.get("window", 0) for _, op in all_ops(model.module) if op.kind == "attention"]
+    rows = min([length, *(int(window) for window in windows if window)])
+    kept = [x for entry in engine.shapes(1).entries if isinstance(entry, Rows) for x in entry.values]
+    return sum(x.size // x.shape[1] * x.dtype.itemsize * rows for x in kept if x.ndim > 1)
 
 
 def verification(engine: Engine, length: int = 32, runs: int = 7) -> dict[int, float]:

@@ -93,6 +93,13 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", help="compute in this dtype: float32 (default), bfloat16, float16")
 
 
+def cache_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache", choices=("f32", "f16", "i8", "i4"), help="keep keys and values so, where the model leaves it open: "
+        "f16 by default beside quantized weights that native code runs, else f32, which is as computed",
+    )  # fmt: skip
+
+
 class _Module(argparse.Action):
     """`--module` and `--inputs` as one reference: FILE.py:FUNC(ARG=ROLE,...)."""
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effc.cli.arguments import json_option, model_options, positive, read_text, show_json, verb
+from effc.cli.arguments import cache_option, json_option, model_options, positive, read_text, show_json, verb
 from effc.errors import EffcError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     exits.add_argument("--full", action="store_true", help="run all layers, whatever exits are certified")
     exits.add_argument("--threshold", type=float, metavar="X", help="leave at confidence X, 0 to 1: no guarantee")
     parser.add_argument("--stats", action="store_true", help="tokens/s on stderr at the end, and what drafts came to")
+    cache_option(parser)
     _sampling_options(parser)
     model_options(parser)
     json_option(parser)
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     texts = prompts(args)
     from effc.generator import Generator
 
-    generator = Generator.open(args.model, module=args.module, dtype=args.dtype)
+    generator = Generator.open(args.model, module=args.module, dtype=args.dtype, cache=args.cache)
     ids = [generator.encode(text, args.chat) for text in texts]
     if args.batch or args.json:
         result = generator.run(ids, how(args))

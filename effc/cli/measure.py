@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from effc.cli.arguments import json_option, model_options, positive, progress_console, show, verb
+from effc.cli.arguments import cache_option, json_option, model_options, positive, progress_console, show, verb
 
 
 def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -65,6 +65,7 @@ def _add_bench(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument("-r", "--runs", type=positive, default=5, help="timed runs after one to warm up (default 5)")
     parser.add_argument("-b", "--batch", type=positive, default=1, help="sequences at once (default 1)")
     parser.add_argument("--against", type=Path, metavar="MODEL", help="another model, run in turn with this one")
+    cache_option(parser)
     model_options(parser)
     json_option(parser)
 
@@ -76,4 +77,4 @@ def bench(args: argparse.Namespace) -> None:
     paths = [args.model, *([args.against] if args.against else [])]
     models = [open_model(path, module=args.module, dtype=args.dtype) for path in paths]
     sizes = {"prompt": args.prompt_tokens, "new": args.new_tokens, "runs": args.runs, "batch": args.batch}
-    show(args, benchmark(models, **sizes, console=progress_console()))
+    show(args, benchmark(models, **sizes, cache=args.cache, console=progress_console()))

@@ -103,12 +103,16 @@ class Engine:
 
     def empty(self, batch: int, tokens: int) -> Cache:
         """A cache with room for at least this many tokens in each sequence."""
+        return empty_cache(self.shapes(batch), -(-tokens // ROUND) * ROUND)
+
+    def shapes(self, batch: int) -> Cache:
+        """Of a cache of one token a sequence."""
         if batch not in self._shapes:
             start = time.perf_counter()
             shapes = cache_shapes(self.program.extend, self.params, batch)
             self._shapes[batch] = kept_as(shapes, CACHES[self.cache])
             self.compile_seconds += time.perf_counter() - start
-        return empty_cache(self._shapes[batch], -(-tokens // ROUND) * ROUND)
+        return self._shapes[batch]
 
     def extend(self, tokens: jax.Array, cache: Cache, valid: jax.Array | None = None) -> tuple[jax.Array, Cache]:
         """Logits and the cache grown by these tokens; the cache given is used up."""
