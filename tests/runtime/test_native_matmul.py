@@ -154,7 +154,9 @@ PROGRAM = """
 import jax.numpy as jnp
 from effc.runtime import quantized
 from effc.runtime.kernels.matmul import native
+from effc.runtime.kernels.region import native as region
 from effc.runtime.qarray import QArray
+region.usable()
 w = QArray(jnp.full((8, 4), 0x21, jnp.uint8), jnp.ones((1, 8)), None, 4, 0, -2, 8)
 for _ in range(2):
     print(quantized.matmul(jnp.ones((1, 8)), w, "kn")[0].tolist())

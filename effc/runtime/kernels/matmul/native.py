@@ -8,8 +8,6 @@ calls this where it can run; EFFC_NATIVE=0 in the environment keeps everything o
 from __future__ import annotations
 
 import ctypes
-import sys
-import threading
 from functools import cache
 from pathlib import Path
 
@@ -17,16 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from effc.runtime.kernels.build import Unbuilt, build
-from effc.runtime.kernels.policy import avoided, off
 from effc.runtime.kernels.policy import portable as portable
+from effc.runtime.kernels.policy import status as told
+from effc.runtime.kernels.policy import usable
 from effc.runtime.qarray import QArray
 
 FEW = 32
 """Rows that the kernel takes."""
 
 SOURCE = Path(__file__).with_name("cpu.cc")
-
-_lock = threading.Lock()
 
 
 def fits(x: jax.Array, w: QArray, layout: str) -> bool:
@@ -38,32 +35,12 @@ def fits(x: jax.Array, w: QArray, layout: str) -> bool:
 
 def available() -> bool:
     """Whether programs traced now call the kernel; tells once on stderr why it cannot be had."""
-    if avoided():
-        return False
-    with _lock:
-        return _ready()
+    return usable(target)
 
 
 def status() -> str:
     """What programs use on this machine, and why."""
-    if off():
-        return "off (EFFC_NATIVE=0)"
-    if jax.default_backend() != "cpu":
-        return f"not used on {jax.default_backend()}"
-    try:
-        return f"built ({target()})"
-    except Unbuilt as error:
-        return f"not built: {error}"
-
-
-@cache
-def _ready() -> bool:
-    try:
-        target()
-    except Unbuilt as error:
-        print(f"effc: quantized products run through XLA, slower: {error}", file=sys.stderr)
-        return False
-    return True
+    return told(target, lambda: f"built ({target()})")
 
 
 @cache

@@ -24,8 +24,6 @@ from effc.runtime.kernels.region.program import Program
 from effc.runtime.packed import PANEL, Packed, packable
 from effc.runtime.qarray import QArray
 
-_lock = threading.RLock()
-
 SOURCE = Path(__file__).with_name("cpu.cc")
 
 VARIANTS = {"avx2": ("-march=x86-64-v3",), "avx512": ("-mno-avx512vnni",), "portable": ("-DEFFC_PORTABLE",)}
@@ -68,15 +66,8 @@ def library() -> ctypes.CDLL:
 
 def status() -> str:
     """What programs use on this machine, and why."""
-    if policy.off():
-        return "off (EFFC_NATIVE=0)"
-    if jax.default_backend() != "cpu":
-        return f"not used on {jax.default_backend()}"
-    try:
-        name = target()
-    except Unbuilt as error:
-        return f"not built: {error}"
-    return f"{library_features()}, activations of {8 * digits()} bits (EFFC_ACTIVATIONS=8 or 16), built as {name}"
+    wide = f"activations of {8 * digits()} bits (EFFC_ACTIVATIONS=8 or 16)"
+    return policy.status(target, lambda: f"{library_features()}, {wide}, built as {target()}")
 
 
 def library_features() -> str:
@@ -89,20 +80,7 @@ def library_features() -> str:
 
 def usable() -> bool:
     """Whether programs traced now have native regions; tells once on stderr why they cannot."""
-    if policy.avoided():
-        return False
-    with _lock:
-        return _ready()
-
-
-@cache
-def _ready() -> bool:
-    try:
-        target()
-    except Unbuilt as error:
-        print(f"effc: quantized products run through XLA, slower: {error}", file=sys.stderr)
-        return False
-    return True
+    return policy.usable(target)
 
 
 def call(program: Program, flags: tuple[str, ...] | None = None) -> Sequence[jax.Array]:
