@@ -14,11 +14,12 @@ from effc.errors import EffcError
 from effc.ir.analysis import param_count
 from effc.ir.core import Module
 from effc.ir.parser import parse
+from effc.ir.printer import dump
 from effc.passes.mor import Mor
 from effc.passes.mor.sharing import fold, unique_parameters
 from effc.runtime.engine import Engine
 from effc.runtime.weights import load_params
-from effc.weights import write_safetensors
+from effc.weights import Lazy, write_safetensors
 
 TINY = (Path(__file__).parent / "tiny.effc").read_text()
 LAYER = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3
@@ -91,6 +92,28 @@ def test_layers_are_the_arrays_that_the_order_names(six, random_store, apply):
     np.testing.assert_array_equal(made["layers.norm1"].read(4)[""], store["layers.norm1"].read(4)[""])
 
 
+def test_layers_that_run_an_array_again_can_begin_damped(six, random_store, apply):
+    store = random_store(six)
+    _, made, (step,) = apply(six, store, "mor{init=even,damp=0.5}")
+    for layer, factor in enumerate((1, 1, 1, 0.5, 0.5, 1)):
+        wanted = factor * store["layers.norm1"].read(layer)[""]
+        np.testing.assert_allclose(made["layers.norm1"].read(layer)[""], wanted, rtol=1e-6)
+    assert "layers that run an array again begin with their norms x0.5" in step.notes.choices
+
+
+def test_layers_damped_to_nothing_are_left_out(six, random_store, apply, logits):
+    store = random_store(six)
+    after, made, _ = apply(six, store, "mor{init=lower,damp=0}")
+    first = parse(dump(six).replace("times=6", "times=4").replace("6 * f32", "4 * f32"))
+    short = store.replace([Lazy(first.params[n], _without(store, n)) for n in first.params], first)
+    np.testing.assert_allclose(logits(after, made), logits(first, short), rtol=1e-4, atol=1e-4)
+
+
+def _without(store, name):
+    """Layers 0, 1, 2 and 5 of what is stacked."""
+    return lambda i: store[name].read((0, 1, 2, 5)[i])
+
+
 def test_averages_are_of_the_layers_that_share(six, random_store, apply):
     store = random_store(six)
     _, made, _ = apply(six, store, "mor{init=average,norms=shared}")
@@ -140,6 +163,7 @@ def test_the_program_holds_one_array_for_layers_that_share(six, random_store, ap
             "mor",
             "folded or cut already",
         ),
+        (TINY, "mor{damp=2,share=cycle}", "damp=2, want a factor, 0 to 1"),
         (TINY, "mor{rank=some}", "rank=some, want a whole number or full"),
         (TINY, "mor{span=3}", "span=3, want the first and the last layer, e.g. 1-10"),
         (TINY, "mor{recursions=1,share=cycle}", "recursions=1, want 2 or more"),

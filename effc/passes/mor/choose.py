@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 SEQUENCES = 4
 """Of training text, to see what a fold costs."""
 
-STARTS: tuple[Init, ...] = ("stepwise", "lower", "upper")
+STARTS: tuple[Init, ...] = ("stepwise", "even", "lower", "upper")
 """What shared arrays may begin from where nothing makes up for the difference."""
+
+DAMPED = (1.0, 0.7, 0.5)
+"""Factors of the norms of layers that run an array again."""
 
 T = TypeVar("T")
 
@@ -31,12 +34,14 @@ T = TypeVar("T")
 def choose(
     module: Module, store: Store, fold: Fold, foldings: list[Folding], starts: tuple[Init, ...], context: Context
 ) -> Fold:
-    """The cheapest start for the fold given, then the cheapest of the foldings with it."""
+    """The cheapest start for the fold given, then the cheapest of the foldings with it, then of what damps it."""
     if fold.rank:  # deltas hide what layers differ by, and cost what they do not share
         return replace(fold, folding=max(foldings, key=lambda folding: likeness(fold, folding, store)))
     cost = _cost(module, store, context)
     fold = least((replace(fold, init=start) for start in starts), cost)
-    return least((replace(fold, folding=folding) for folding in foldings), cost)
+    fold = least((replace(fold, folding=folding) for folding in foldings), cost)
+    damped = DAMPED if fold.damp is None and fold.stream_norms() else (fold.damp,)
+    return least((replace(fold, damp=damp) for damp in damped), cost)
 
 
 def least(found: Iterable[T], cost: Callable[[T], float]) -> T:

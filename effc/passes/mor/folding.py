@@ -89,6 +89,8 @@ class Fold:
     init: Init
     rank: int
     share_vectors: bool
+    damp: float | None = None
+    """Factor of the norms of layers that run an array again, so that these move tokens less at first; None is 1."""
 
     def shared(self) -> list[Param]:
         """Parameters of which layers share arrays, as they are after."""
@@ -103,6 +105,17 @@ class Fold:
         vector = len(param.type.shape) < 2 and not self.share_vectors
         exact = self.rank < 0 and param.name not in self.relaxed()
         return vector or exact or not _averages(param)
+
+    def stream_norms(self) -> dict[str, float]:
+        """Parameters of norms of the whole state that layers keep, and what the norm adds to them; none with deltas."""
+        state = self.stack.op.outputs[0].type.shape
+        norms = [op for op in self.stack.block.ops if op.kind == "norm" and op.out.type.shape == state]
+        offsets = {"scale": "offset"}  # a bias is as it is
+        found = {
+            n: float(str(attribute(op, offsets.get(role, "")) or 0)) for op in norms for role, n in op.params.items()
+        }
+        mine = {p.name for p in self.stack.params if self.keeps(p)}
+        return {} if self.rank else {name: added for name, added in found.items() if name in mine}
 
     def relaxed(self) -> dict[str, int]:
         """Rank of the delta of every matrix that gets one."""
@@ -152,6 +165,8 @@ def _told(fold: Fold, notes: Notes, kept: list[Param]) -> None:
     )
     if kept:
         notes.chose(f"{len(kept)} parameters a layer stay its own: {', '.join(p.name for p in kept)}")
+    if fold.damp not in (None, 1.0):
+        notes.chose(f"layers that run an array again begin with their norms x{fold.damp:g}")
     relaxed = fold.relaxed()
     if relaxed:
         notes.chose(f"low-rank deltas a layer, ranks {_ranks(relaxed)}: {', '.join(relaxed)}")
@@ -206,7 +221,22 @@ def made(fold: Fold, after: Module, store: Store) -> list[Lazy]:
     """Arrays of everything the fold made, read through those of the stack."""
     shared = [Lazy(param, _mixed(fold, store[param.name])) for param in fold.shared()]
     deltas = [lazy for name in fold.relaxed() for lazy in _deltas(fold, after, store[name])]
-    return [*shared, *deltas]
+    damp = 1.0 if fold.damp is None else fold.damp
+    damped = fold.stream_norms() if damp != 1 else {}
+    kept = [Lazy(store[name].param, _damped(fold, store[name], damp, added)) for name, added in damped.items()]
+    return [*shared, *deltas, *kept]
+
+
+def _damped(fold: Fold, lazy: Lazy, damp: float, added: float) -> Callable[[int], Arrays]:
+    """A norm's parameter; where a layer runs an array again the norm gives `damp` times what it gave."""
+
+    def read(layer: int) -> Arrays:
+        array = lazy.read(layer)[""]
+        if not fold.folding.again(layer):
+            return {"": array}
+        return {"": ((array.astype(np.float32) + added) * damp - added).astype(array.dtype)}
+
+    return read
 
 
 def _mixed(fold: Fold, lazy: Lazy) -> Callable[[int], Arrays]:

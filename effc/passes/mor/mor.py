@@ -36,10 +36,11 @@ class Mor(Pass):
         "middle-cycle", "which layers share: all or all but first and last, in a cycle or in a row"
     )
     span: str = option("auto", "first and last layer folded, as 1-10; auto takes those that cost least to fold")
-    init: Literal["auto", "stepwise", "average", "lower", "upper"] = option(
+    init: Literal["auto", "stepwise", "even", "average", "lower", "upper"] = option(
         "auto", "what shared arrays begin from; auto takes what costs least, average where rank is given"
     )
     rank: str = option("0", "rank of the low-rank delta each layer keeps; full is exact")
+    damp: str = option("auto", "factor of the norms of layers that run an array again; auto takes what costs least")
     norms: Literal["own", "shared"] = option("own", "whether each layer keeps its vectors (norm scales, biases)")
     router: Literal["none", "expert", "token"] = option(
         "none", "who decides how often a token recurs: nobody, a router a depth, or one router at the start"
@@ -77,7 +78,7 @@ class Mor(Pass):
             raise PassError(f"mor: {nbytes(after)} bytes of weights after, {nbytes(before)} before: nothing was saved")
 
     def decided(self, module: Module, store: Store, context: Context) -> Self:
-        if self.span != "auto" and self.init != "auto":
+        if "auto" not in (self.span, self.init, self.damp):
             return self
         from effc.passes.mor import choose
 
@@ -86,7 +87,8 @@ class Mor(Pass):
         foldings = [fold.folding] if asked else [self._folding(fold.stack.layers, s) for s in self._spans(fold)]
         starts = (fold.init,) if self.init != "auto" or fold.rank else choose.STARTS
         best = choose.choose(module, store, fold, foldings, starts, context)
-        return replace(self, span=f"{best.folding.first}-{best.folding.last - 1}", init=best.init)
+        span, damp = f"{best.folding.first}-{best.folding.last - 1}", 1.0 if best.damp is None else best.damp
+        return replace(self, span=span, init=best.init, damp=f"{damp:g}")
 
     def _spans(self, fold: Fold) -> list[tuple[int, int]]:
         """The one that `share` means first: it is taken where others are no better."""
@@ -120,7 +122,7 @@ class Mor(Pass):
         """What becomes of the module's layers; PassError where they cannot be folded so."""
         stack, rank = find_stack(module), read_rank(self.rank)
         folding = self._folding(stack.layers, read_span(self.span))
-        return Fold(stack, folding, chosen(self.init, rank), rank, self.norms == "shared")
+        return Fold(stack, folding, chosen(self.init, rank), rank, self.norms == "shared", read_damp(self.damp))
 
 
 def _arrays_left(module: Module) -> int:
@@ -138,6 +140,15 @@ def read_rank(text: str) -> int:
     if not re.fullmatch(r"\d+", text):
         raise PassError(f"mor: rank={text}, want a whole number or full")
     return int(text)
+
+
+def read_damp(text: str) -> float | None:
+    """None for auto."""
+    if text == "auto":
+        return None
+    if not re.fullmatch(r"\d+(\.\d+)?", text) or float(text) > 1:
+        raise PassError(f"mor: damp={text}, want a factor, 0 to 1, or auto")
+    return float(text)
 
 
 def read_span(text: str) -> tuple[int, int] | None:

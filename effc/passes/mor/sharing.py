@@ -13,7 +13,7 @@ from typing import Literal
 from effc.passes.base import PassError
 
 Share = Literal["cycle", "sequence", "middle-cycle", "middle-sequence"]
-Init = Literal["auto", "stepwise", "average", "lower", "upper"]
+Init = Literal["auto", "stepwise", "even", "average", "lower", "upper"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Folding:
         mine = _SOURCES[init](self)
         outside = [*range(self.first), *range(self.last, self.layers)]
         return (*((i,) for i in outside[: self.first]), *mine, *((i,) for i in outside[self.first :]))
+
+    def again(self, layer: int) -> bool:
+        """Whether an earlier layer takes the same array."""
+        order = self.order()
+        return order[layer] in order[:layer]
 
     def _base(self, layer: int) -> int:
         """Number within the shared arrays, of a layer counted from the span's first."""
@@ -113,6 +118,12 @@ def _rounded(first: int, last: int, i: int, steps: int) -> int:
     return first if not steps else round(first + i * (last - first) / steps)
 
 
+def _even(folding: Folding) -> list[tuple[int, ...]]:
+    """Evenly spaced between the layers outside of the span: what a model of as few layers would keep."""
+    before, size = folding.first - 1, folding.size
+    return [(_rounded(before, folding.last, i + 1, size + 1),) for i in range(size)]
+
+
 def _average(folding: Folding) -> list[tuple[int, ...]]:
     return folding._users()
 
@@ -125,7 +136,7 @@ def _upper(folding: Folding) -> list[tuple[int, ...]]:
     return [(folding.last - folding.size + i,) for i in range(folding.size)]
 
 
-_SOURCES = {"stepwise": _stepwise, "average": _average, "lower": _lower, "upper": _upper}
+_SOURCES = {"stepwise": _stepwise, "even": _even, "average": _average, "lower": _lower, "upper": _upper}
 
 
 def chosen(init: Init, rank: int) -> Init:
