@@ -53,6 +53,24 @@ SEQUENCES, LOGITS = 1024, 6
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """What a decoded token costs: bytes read at so many a second, and ops of so many seconds each."""
+
+    nbytes: int
+    bandwidth: float
+    ops: int
+    each: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return 1 / (self.nbytes / self.bandwidth + self.ops * self.each)
+
+    def __str__(self) -> str:
+        return f"{size(self.nbytes)} at {self.bandwidth / 1e9:.1f} GB/s and {self.ops} ops of {self.each * 1e6:.1f} us"
+
+
+@dataclass(frozen=True)
 class Prediction:
     """tokens a second of one sequence, decoding; seconds of the whole run, training among them."""
 
@@ -62,12 +80,15 @@ class Prediction:
     peak_bytes: int
     seconds: float
     training: float
+    how: str = ""
+    """What tokens a second follow from."""
 
     def lines(self) -> list[str]:
         """For the terminal."""
         trains = f", {self.training / 60:.3g} min of them training" if self.training else ""
         return [
-            f"decode: about {self.decode:.0f} tokens/s here; peak memory: about {size(self.peak_bytes)}",
+            f"decode: about {self.decode:.0f} tokens/s here" + (f": a token is {self.how}" if self.how else ""),
+            f"peak memory: about {size(self.peak_bytes)}",
             f"time: about {self.seconds / 60:.2g} min{trains}",
         ]
 
@@ -100,18 +121,18 @@ def predict(
             peak, LIBRARIES + TRAINER + 4 * COPIES * param_count(before) + 4 * LOGITS * SEQUENCES * _vocab(before)
         )
     written = 3 * nbytes(before) / bandwidth()
-    prepared = STARTING + PREPARING * (sum(map(bool, minutes.values())) + calibrating)
-    seconds = prepared + work + written + training + CALIBRATION * calibrating / decode_rate(after)
-    return Prediction(nbytes(after), token_bytes(after), decode_rate(after), peak, seconds, training)
+    prepared, token = STARTING + PREPARING * (sum(map(bool, minutes.values())) + calibrating), decoding(after)
+    seconds = prepared + work + written + training + CALIBRATION * calibrating / token.rate
+    return Prediction(nbytes(after), token_bytes(after), token.rate, peak, seconds, training, str(token))
 
 
-def decode_rate(module: Module, context: int = 128) -> float:
-    """Tokens a second of one sequence that holds `context` tokens."""
-    read = token_bytes(module) + context * cache_bytes_per_token(module)
-    ops = sum(times * len(module.funcs[name].ops) for name, times in runs(module).items())
+def decoding(module: Module, context: int = 128) -> Decoding:
+    """Of one sequence that holds `context` tokens."""
+    read = int(token_bytes(module) + context * cache_bytes_per_token(module))
+    ops = int(sum(times * len(module.funcs[name].ops) for name, times in runs(module).items()))
     if _native(module):
-        return 1 / (read / (UNPACKED * bandwidth()) + ops * NATIVE_OP_SECONDS)
-    return 1 / (read / bandwidth() + ops * OP_SECONDS)
+        return Decoding(read, UNPACKED * bandwidth(), ops, NATIVE_OP_SECONDS)
+    return Decoding(read, bandwidth(), ops, OP_SECONDS)
 
 
 def _native(module: Module) -> bool:

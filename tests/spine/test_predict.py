@@ -11,7 +11,7 @@ from effc.ir.parser import parse
 from effc.passes import runner
 from effc.pipeline import Pipeline
 from effc.plan import token_bytes
-from effc.predict import PREPARING, Prediction, decode_rate, predict
+from effc.predict import PREPARING, Prediction, decoding, predict
 from effc.report import Report, Side
 from effc.weights import nbytes
 
@@ -28,6 +28,7 @@ def test_fewer_bytes_are_faster_and_smaller() -> None:
     assert coded.nbytes == nbytes(after("quant8")) < plain.nbytes
     assert coded.token_bytes < plain.token_bytes
     assert coded.decode > plain.decode
+    assert "GB/s and" in plain.lines()[0]
 
 
 def test_training_takes_its_minutes_and_its_memory() -> None:
@@ -42,7 +43,7 @@ def test_layers_that_share_are_read_each_time_and_routed_ones_as_often_as_they_r
     assert token_bytes(folded) == token_bytes(SIX)
     assert runs(routed)["layer"] == 5  # first, last, two of the first run, half of two of the second
     assert token_bytes(routed) < token_bytes(folded)
-    assert decode_rate(routed) > decode_rate(folded)
+    assert decoding(routed).rate > decoding(folded).rate
 
 
 def test_the_report_holds_it_against_what_was() -> None:
