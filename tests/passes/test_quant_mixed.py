@@ -79,7 +79,10 @@ def test_bits_go_where_they_are_missed(tiny, random_store, tmp_path, monkeypatch
     after = made_by.arrays(tiny, step.after, store, context, step.notes)
     assert elements(step.after) == elements(tiny)
     assert nbytes(step.after) < nbytes(tiny) * 5.7 / 32 + 2000
-    wide = [name for name, p in step.after.params.items() if str(p.type.dtype).startswith("q8")]
-    assert any(name.endswith("attn.v") for name in wide)
+    dtypes = {name: p.type.dtype for name, p in step.after.params.items()}
+    bits = {name: dtype.bits for name, dtype in dtypes.items() if isinstance(dtype, Quant)}
+    last = [name for name in bits if name.endswith("attn.v")][-1]
+    assert bits[last] > min(bits.values())
+    assert bits[last] == max(count for name, count in bits.items() if ".attn." in name), bits
     moved = np.abs(logits(step.after, after) - logits(tiny, store)).max()
     assert 0 < moved < 0.3 * np.ptp(logits(tiny, store))
