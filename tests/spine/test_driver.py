@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
 from effc import driver
-from effc.api import load
 from effc.artifact import Artifact, verify
 from effc.driver import Settings, optimize, plan, transform
 from effc.errors import EffcError
@@ -37,17 +35,9 @@ class Small(nn.Module):
         return nn.Dense(96, use_bias=False, name="head")(x + h)
 
 
-@pytest.fixture(autouse=True)
-def keep_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs of small models may stay in memory: compiling them anew is most of these tests' time."""
-    for place in ("clock", "evaluate"):
-        monkeypatch.setattr(f"effc.{place}.give_back", lambda: None)
-
-
 @pytest.fixture(scope="module")
-def source() -> Source:
-    params = Small().init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-    return load(Small(), params, name="small", context=64)
+def source(source_of) -> Source:
+    return source_of(Small(), 64)
 
 
 def test_an_artifact_that_is_whole(source: Source, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from effc.api import load
 from effc.artifact import Artifact, verify
 from effc.driver import Settings, optimize, plan
 from effc.errors import EffcError
@@ -106,14 +105,11 @@ class Cheat(Forget):
 def passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PASSES, "forget", Forget)
     monkeypatch.setitem(PASSES, "cheat", Cheat)
-    for place in ("clock", "evaluate"):
-        monkeypatch.setattr(f"effc.{place}.give_back", lambda: None)
 
 
 @pytest.fixture(scope="module")
-def source() -> Source:
-    params = Small().init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-    return load(Small(), params, name="small", context=32)
+def source(source_of) -> Source:
+    return source_of(Small(), 32)
 
 
 def test_a_pass_that_trains_and_calibrates(source: Source, tmp_path: Path) -> None:
