@@ -36,7 +36,7 @@ class Qat(WeightPass):
         "awq+gptq", "what training begins with, as of quant4"
     )
     minutes: float = option(10.0, "of training, where --heal does not say")
-    lr: float = option(0.01, "learning rate, in steps between codes")
+    lr: float = option(0.004, "learning rate, in steps between codes")
     rows: int = option(8, "sequences a batch")
     dense: bool = option(True, "norms and biases learn too")
     stochastic: bool = option(False, "round up or down at random while training, by nearness")
