@@ -168,10 +168,11 @@ def dantinox(**settings: Any) -> Callable[[], Source]:
     def build() -> Source:
         pytest.importorskip("yaml", reason="dantinox needs pyyaml")
         stub("dantinox", "dantinox.core")
-        config = importlib.import_module("dantinox.core.config").ModelConfig(
-            dim=WIDTH, n_heads=HEADS, head_size=HEAD, num_blocks=3, vocab_size=VOCAB, max_context=CONTEXT,
-            expansion=2, **settings,
-        )  # fmt: skip
+        base = {
+            "dim": WIDTH, "n_heads": HEADS, "head_size": HEAD, "num_blocks": 3, "vocab_size": VOCAB,
+            "max_context": CONTEXT, "expansion": 2,
+        }  # fmt: skip
+        config = importlib.import_module("dantinox.core.config").ModelConfig(**base | settings)
         model = importlib.import_module("dantinox.core.model").Transformer(config, rngs=nnx.Rngs(0))
         return from_nnx("dantinox", model, lambda model, tokens: model(tokens, deterministic=True).logits)
 
@@ -215,6 +216,10 @@ MODELS = {
         "dantinox", dantinox(norm="layernorm", pos_encoding="learned", use_swiglu=False, weight_tying=False), 3
     ),
     "dantinox-sinusoid": Model("dantinox", dantinox(attention="gqa", kv_heads=2, pos_encoding="absolute"), 3),
-    "dantinox-mla": Model("dantinox", dantinox(attention="mla", down_dim_q=32, down_dim_kv=32, rope_dim=16), 3),
+    "dantinox-mla": Model(
+        "dantinox",
+        dantinox(attention="mla", n_heads=2, head_size=32, down_dim_q=32, down_dim_kv=32, rope_dim=32),
+        3,
+    ),
 }
 SAMPLE = ("gpt2", "qwen3")
