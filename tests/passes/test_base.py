@@ -14,7 +14,7 @@ from effc.passes import PASSES, Exactness, Notes, Pass, PassError, Phase, Quant4
 from effc.pipeline import Pipeline
 
 
-@pytest.mark.parametrize("cls", PASSES.values(), ids=str)
+@pytest.mark.parametrize("cls", PASSES.values(), ids=PASSES)
 def test_every_option_is_spelled_back_and_has_a_meaning(cls: type[Pass]) -> None:
     assert str(cls()) == cls.name
     for one in cls.options():
@@ -37,7 +37,7 @@ def made(cls: type[Pass]) -> Pass:
     return cls.build(TWO_LAYERS.get(cls.name, {}))
 
 
-@pytest.mark.parametrize("cls", PASSES.values(), ids=str)
+@pytest.mark.parametrize("cls", PASSES.values(), ids=PASSES)
 def test_running_twice_changes_nothing_more(cls: type[Pass], tiny: Module) -> None:
     once = runner.step(made(cls), tiny).after
     if cls.name in ONCE:
@@ -47,7 +47,7 @@ def test_running_twice_changes_nothing_more(cls: type[Pass], tiny: Module) -> No
     assert runner.step(made(cls), once).after == once
 
 
-@pytest.mark.parametrize("cls", PASSES.values(), ids=str)
+@pytest.mark.parametrize("cls", PASSES.values(), ids=PASSES)
 def test_golden(cls: type[Pass], tiny: Module, golden) -> None:
     step = runner.step(made(cls), tiny)
     said = [f"# {line}" for line in step.notes.choices]
