@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from effc.ir.core import Func, Module, Op, Param, Value, param_uses
-from effc.ir.rewrite import names_of, replace_ops
+from effc.ir.rewrite import names_of, producers, replace_ops
 from effc.ir.types import Type
 from effc.passes.base import Exactness, Notes, Pass, PassError, Phase, option
 from effc.passes.quant.statistics import Statistics, statistics
@@ -53,7 +53,7 @@ class Act8(Pass):
     def requires(self, module: Module) -> None:
         if not 2 <= self.bits <= 8:
             raise PassError(f"{self.name}: bits={self.bits}, want 2 to 8")
-        if not list(places(module)):
+        if not readers(module):
             raise PassError(f"{self.name}: {module.name} has no linears of {SMALL} outputs or more, want some")
 
     def run(self, module: Module, notes: Notes) -> Module:
@@ -134,9 +134,10 @@ def places(module: Module) -> Iterator[Place]:
     """Values that are rounded, each once, in the order they are read."""
     wanted = readers(module)
     for func in module.funcs.values():
-        seen: dict[str, str] = {}
+        seen, made = dict[str, str](), producers(func)
         for op in func.ops:
-            if op.kind == "linear" and op.params["w"] in wanted:
+            rounded = op.inputs and op.inputs[0] in made and made[op.inputs[0]].kind == "fake_quant"
+            if op.kind == "linear" and op.params["w"] in wanted and not rounded:
                 seen.setdefault(op.inputs[0], op.params["w"])
         yield from (Place(func.name, value, weight) for value, weight in seen.items())
 

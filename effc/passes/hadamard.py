@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from effc.ir.core import Module, Op
+from effc.ir.core import Module, Op, all_ops
 from effc.ir.ops import attribute
 from effc.ir.rewrite import producers
 from effc.passes.base import Exactness, Notes, Pass, PassError, Phase
@@ -57,18 +57,13 @@ class Hadamard(Pass):
     writes: ClassVar[frozenset[str]] = frozenset()
 
     def requires(self, module: Module) -> None:
-        notes = Notes()
-        if not turns(module, notes):
-            why = f": {notes.skips[0][0]}, {notes.skips[0][1]}" if notes.skips else ""
-            raise PassError(
-                f"{self.name}: no attention of {module.name} has a linear before its values and behind{why}"
-            )
+        if not any(op.kind == "attention" for _, op in all_ops(module)):
+            raise PassError(f"{self.name}: no attention in {module.name}, want one whose values can be turned")
 
     def run(self, module: Module, notes: Notes) -> Module:
         found = turns(module, notes)
-        notes.chose(
-            f"{len(found)} parameters turned, heads of {', '.join(sorted({str(t.dims) for t in found.values()}))}"
-        )
+        dims = ", ".join(sorted({str(turn.dims) for turn in found.values()}))
+        notes.chose(f"{len(found)} parameters turned, heads of {dims}" if found else "no values could be turned")
         params = [module.params[name] for name in found]
         return module.with_params(*(replace(p, path=p.name + TURNED, over=None, perm=None) for p in params))
 

@@ -51,10 +51,10 @@ def test_outliers_are_spread(tiny, random_store, apply) -> None:
     assert after.max() < before.max() / 2
 
 
-def test_models_without_such_linears_are_refused() -> None:
+def test_models_without_attention_are_refused() -> None:
     lone = parse(
         "effc 1\nmodule @lone {\n  param @e: f32[8,4]\n  func @forward(%t: i32[b,t]) {\n"
         "    %x: f32[b,t,4] = embed(%t) [table=@e]\n    return %x\n  }\n}\n"
     )
-    with pytest.raises(PassError, match="no attention of lone"):
+    with pytest.raises(PassError, match="no attention in lone"):
         runner.run(lone, Pipeline.parse("hadamard").ordered())
