@@ -40,9 +40,7 @@ class Clock:
     def _hold(self, name: str) -> None:
         if self.limit and peak_bytes() > self.limit:
             held, limit = (f"{count / 1e9:.2f} GB" for count in (peak_bytes(), self.limit))
-            raise EffcError(
-                f"{name}: {held} of memory were held, want {limit} at most (--max-memory)"
-            )
+            raise EffcError(f"{name}: {held} of memory were held, want {limit} at most (--max-memory)")
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -65,9 +65,9 @@ def calibrate(
     return module, said
 
 
-def trained(context: Context, made_by: Pass) -> list[dict[str, Any]]:
+def trained(context: Context, made_by: Pass) -> tuple[dict[str, Any], ...]:
     """For the report: every run of the pass."""
-    return [fitted.json() for fitted in context.runs.get(made_by.name, [])]
+    return tuple(fitted.json() for fitted in context.runs.get(made_by.name, []))
 
 
 def notes(pipeline: Pipeline, asked: Budget | None) -> list[str]:

@@ -14,7 +14,7 @@ from effc.ir.core import Func, Module, Op, Param, Ref, param_uses, walk
 from effc.ir.ops import attribute
 from effc.ir.rewrite import users
 from effc.ir.types import BYTES, Quant, Type, evaluate
-from effc.runtime.widths import kept_bytes
+from effc.widths import kept_bytes
 
 ONE_TOKEN: Mapping[str, int] = {"b": 1, "t": 1}
 

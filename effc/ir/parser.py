@@ -15,7 +15,7 @@ from effc.errors import EffcError, nearest
 from effc.ir.core import NAN, Attr, Decode, Func, Loc, Module, Op, Param, Ref, Value
 from effc.ir.printer import VERSION
 from effc.ir.types import Monomial, Quant, Size, Type, polynomial
-from effc.runtime.widths import BITS
+from effc.widths import BITS
 
 if TYPE_CHECKING:
     from lark import Lark, Token

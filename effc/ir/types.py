@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
-from effc.runtime.widths import row_bytes
+from effc.widths import row_bytes
 
 Monomial = tuple[tuple[str, int], ...]  # (("b", 1), ("t", 2)) is b*t^2; () is 1
 
@@ -149,7 +149,7 @@ class Quant:
 
     bits  2..8;   group  codes per scale along `axis`, 0 = the whole axis;   sym  no zero points;
     scale  dtype of the scales;   axis  the contracted axis, negative;   form  what codes are: `int`, two's
-    complement, or one of BITS (`effc.runtime.widths`), without zero points and with bits of its own.
+    complement, or one of BITS (`effc.widths`), without zero points and with bits of its own.
     """
 
     bits: int

@@ -13,7 +13,7 @@ from effc.ir.early import early_faults
 from effc.ir.ops import attribute
 from effc.ir.printer import attr_text, decode_line, op_line, param_line, ref, return_line
 from effc.ir.types import BYTES, Dim, Quant, Type
-from effc.runtime.widths import BITS
+from effc.widths import BITS
 
 
 @dataclass(frozen=True)

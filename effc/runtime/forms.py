@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from effc.runtime.widths import BITS, row_bytes
+from effc.widths import BITS, row_bytes
 
 Array = np.ndarray[Any, Any]
 

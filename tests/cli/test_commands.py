@@ -210,7 +210,8 @@ def test_bench_in_turn(artifact: Path, tiny: Path, said: Said) -> None:
     assert (found["prompt"], found["new"], found["runs"]) == (56, 8, 2)
     for model in found["models"]:
         assert len(model["pp"]) == len(model["tg"]) == 2
-        assert model["gb_per_second"] == pytest.approx(model["token_bytes"] * model["tg_mean"] / 1e9)
+        read = model["token_bytes"] + model["cache_bytes"]
+        assert model["cache_bytes"] > 0 and model["gb_per_second"] == pytest.approx(read * model["tg_mean"] / 1e9)
     assert found["models"][0]["token_bytes"] < found["models"][1]["token_bytes"] / 4
     assert set(found["ratios"]) == {"pp", "tg"}
     assert "tg4" in said("bench", artifact, "-n", 4, "-r", 1)

@@ -99,6 +99,15 @@ def test_products(flags: tuple[str, ...], w: QArray, count: int) -> None:
 
 
 @pytest.mark.parametrize("flags", VARIANTS, ids=["native", *native.VARIANTS])
+def test_scales_below_the_normal_halves(flags: tuple[str, ...]) -> None:
+    """Numbers that threads which flush subnormal floats must not lose: 2^-24 to 2^-14."""
+    w = matrix(0, 28, 200, group=0, size=6e-5)
+    x = rows(1, 2, 28)
+    want, size = terms(x, w)
+    assert np.all(np.abs(by(flags, x, packed(w)) - want) <= 3e-5 * size)
+
+
+@pytest.mark.parametrize("flags", VARIANTS, ids=["native", *native.VARIANTS])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, 1e-42])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_integers_cannot_hold(bits: int, value: float, flags: tuple[str, ...]) -> None:

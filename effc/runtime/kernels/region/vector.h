@@ -162,9 +162,10 @@ inline V Widen(const void* data, int64_t type, int64_t at) {
 #endif
   const VI bits = __builtin_convertvector(raw, VI);
   if (type == kBF16) return Floats(bits << 16);
-  // Half precision: rebias the exponent by a product, which makes subnormal numbers normal too.
-  const V value = Floats((bits & 0x7fff) << 13) * 0x1p112f;
-  const V full = (bits & 0x7c00) == 0x7c00 ? Floats(((bits & 0x3ff) << 13) | 0x7f800000) : value;
+  // Half precision. Subnormal numbers by way of integers: XLA's threads take subnormal floats for zero.
+  const VI digits = bits & 0x3ff, exponent = bits & 0x7c00;
+  const V value = exponent == 0 ? __builtin_convertvector(digits, V) * 0x1p-24f : Floats(((bits & 0x7fff) << 13) + (112 << 23));
+  const V full = exponent == 0x7c00 ? Floats((digits << 13) | 0x7f800000) : value;
   return Floats(Bits(full) | ((bits & 0x8000) << 16));
 }
 

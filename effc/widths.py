@@ -1,4 +1,4 @@
-"""How many bits codes take; no imports, as the IR reads it too."""
+"""How many bits codes take: what the IR and the runtime both know."""
 
 from __future__ import annotations
 
