@@ -82,8 +82,6 @@ def test_the_runtime_needs_jax_alone(file: Path) -> None:
         assert top in RUNTIME_MAY or top in STANDARD, f"{file.name} imports {name}"
         mine = part(name) in {"runtime", "errors", "widths"}
         assert top != "effc" or mine, f"{file.name} imports {name} of the compiler"
-            f"{file.name} imports {name} of the compiler"
-        )
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "ir").rglob("*.py")), ids=lambda f: f.name)
