@@ -231,7 +231,7 @@ def benchmark(
 def cache_read(model: Opened, engine: Engine, length: int) -> int:
     """Bytes of one sequence's cache that a token after `length` others reads; of windows the least counts."""
     windows = [op.attrs.get("window", 0) for _, op in all_ops(model.module) if op.kind == "attention"]
-    rows = min([length, *(int(window) for window in windows if window)])
+    rows = min([length, *(window for window in windows if isinstance(window, int) and window > 0)])
     kept = [x for entry in engine.shapes(1).entries if isinstance(entry, Rows) for x in entry.values]
     return sum(x.size // x.shape[1] * x.dtype.itemsize * rows for x in kept if x.ndim > 1)
 

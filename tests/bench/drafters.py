@@ -95,11 +95,12 @@ def measured(name: str, prompts: Sequence[Sequence[int]], plain: Engine, drafts:
     """Each prompt once to warm up, then `rounds` times both ways in turn."""
     row = Row(name)
     for prompt in prompts:
-        for number in range(rounds + 1):
-            one, two = (generate(engine, [prompt], max_new_tokens=new) for engine in (plain, drafts))
-            if number and one.stats.decode_rate:
-                _noted(row, one.stats, two.stats)
+        one, two = (generate(engine, [prompt], max_new_tokens=new) for engine in (plain, drafts))
         row.texts, row.same = row.texts + 1, row.same + (one.tokens == two.tokens)
+        for _ in range(rounds):
+            one, two = (generate(engine, [prompt], max_new_tokens=new) for engine in (plain, drafts))
+            if one.stats.decode_rate:
+                _noted(row, one.stats, two.stats)
     return row
 
 

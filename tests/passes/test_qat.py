@@ -39,7 +39,7 @@ def test_training_brings_codes_nearer(tiny, random_store, context: Context) -> N
     assert kl[1] < 0.8 * kl[0]
     assert context.runs["qat"][0].steps == 40
     model = Model.of(step.after, trained)
-    assert bool(jnp.isfinite(model.program.forward(model.params, TOKENS)).all())
+    assert bool(jnp.isfinite(model.program.forward(model.params, jnp.asarray(TOKENS))).all())
     for name, param in step.after.params.items():
         one, other = plain[name].read(0), trained[name].read(0)
         assert {k: (v.dtype, v.shape) for k, v in one.items()} == {k: (v.dtype, v.shape) for k, v in other.items()}

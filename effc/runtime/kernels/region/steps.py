@@ -209,7 +209,8 @@ def _kind(dtype: Any) -> int | None:
 
 
 def _attention(former: Former, step: Step, args: _Args) -> bool:
-    q, keys, values, positions, bias, keyed, asked, sinks = (*args.values, *(None,) * 4)[:8]
+    q, keys, values, positions, *more = args.values
+    bias, keyed, asked, sinks = (*more, *(None,) * 4)[:4]
     if bias is not None or keyed or asked:
         return False
     x, sink = args.place(q), args.place(sinks)
