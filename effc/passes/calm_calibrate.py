@@ -98,7 +98,7 @@ class Texts:
 
 
 def calibrate(made_by: Calm, module: Module, store: Store, context: Context, notes: Notes) -> Module:
-    """The module with the least threshold that is certified, if it is no slower than the full model."""
+    """The module with the fastest of the thresholds that are certified, if it is no slower than the full model."""
     started = time.perf_counter()
     model = context.model(module, store)
     texts = _texts(made_by, Engine(model.program, model.params, _ends(context)), context)
@@ -108,7 +108,8 @@ def calibrate(made_by: Calm, module: Module, store: Store, context: Context, not
     passed = [t.setting for t in found.tried if t.passed]
     if passed:
         texts.time([*_some(passed), *(t.setting for t in found.tried if not t.passed)])
-    chosen = found.chosen if found.chosen is not None and texts.gains[found.chosen] >= 1 else 1.0
+    chosen = max((t for t in passed if t in texts.gains), key=texts.gains.__getitem__, default=1.0)
+    chosen = chosen if texts.gains.get(chosen, 0.0) >= 1 else 1.0
     _tell(notes, found, texts, chosen)
     told = {"summary": list(notes.choices), "seconds": time.perf_counter() - started}
     for line in chart(texts.rates, {t.setting: t.mean for t in found.tried}):
@@ -185,7 +186,8 @@ def _tell(notes: Notes, found: Certificate, texts: Texts, chosen: float) -> None
         f"{found.delta:g} with probability {1 - found.epsilon:g} (p = {last.p:.3g})"
     )
     if chosen == 1:
-        notes.chose(f"the full model runs: exits are slower, x{texts.gains[found.chosen]:.2f} tokens/s there")
+        best = max(texts.gains.get(t.setting, 0.0) for t in found.tried if t.passed)
+        notes.chose(f"the full model runs: exits are slower, x{best:.2f} tokens/s at best")
     else:
         left, speed = texts.left[chosen], texts.gains[chosen]
         notes.chose(f"threshold {chosen:g}: x{speed:.2f} tokens/s, {left.average:.2f} layers a token, {_shares(left)}")

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from effc.runtime.cache import Cache, Rows, Step
+from effc.runtime.kernels.region.branch import either
+from effc.runtime.kernels.region.record import recorded
 
 State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-"""x[b,t,d]; what is shown so far, logits [b,t,V] or, where the measure needs none, states [b,t,d]; left bool[b,t];
-layers i32[b,t] that each token ran."""
+"""x[b,t,d]; what is shown so far, logits [b,t,V] or, where the measure needs none, states [b,t,d]; left f32[b,t],
+1 where a token has left; layers f32[b,t] that each ran. Flags are floats, as native regions have them."""
 
 FROM_LOGITS = frozenset({"softmax", "softmax_max"})
 """Measures that need the head at every exit."""
@@ -65,10 +67,10 @@ def early(
     """
     done = jnp.zeros(x.shape[0], jnp.float32) if progress is None else progress
     rule = Rule(at, measure, decayed(threshold, done, decay, tau)[:, None], rows)
-    flags = jnp.zeros(x.shape[:2], bool)
+    none = jnp.zeros(x.shape[:2], jnp.float32)
     shown = jnp.zeros_like(x) if measure not in FROM_LOGITS else _like(stack.head, x)
     before = step.taken
-    state = _segment(stack, rule, 0, (x, shown, flags, jnp.zeros(x.shape[:2], jnp.int32)), step, alone=True)
+    state = _segment(stack, rule, 0, (x, shown, none, none), step, alone=True)
     entries = (step.taken - before) // at[0]  # of each layer
     for i in range(1, len(at) + 1):
         if step.cached and x.shape[1] == 1:
@@ -76,7 +78,7 @@ def early(
         else:
             state = _segment(stack, rule, i, state, step)
     _, shown, _, layers = state
-    return (shown if measure in FROM_LOGITS else stack.head(shown)), layers
+    return (shown if measure in FROM_LOGITS else stack.head(shown)), layers.astype(jnp.int32)
 
 
 def _like(head: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -97,17 +99,17 @@ def _segment(stack: Stack, rule: Rule, i: int, state: State, step: Step, *, alon
     before = x
     for p in stack.layers[start:stop]:
         before, x = x, _kept(left, x, stack.run(p, x, step), alone)
-    layers = jnp.where(left, layers, stop)
+    layers = _kept(left, layers, jnp.full_like(layers, stop), alone)
     if i == len(rule.at):
         final = stack.head(x) if rule.measure in FROM_LOGITS else x
         return x, _kept(left, shown, final, alone), left, layers
     seen, sure = _seen(stack, rule, i, x, before)
     shown = _kept(left, shown, seen, alone)
-    return x, shown, left | _leaves(rule, left, sure), layers
+    return x, shown, _leaves(rule, left, sure, alone), layers
 
 
 def _kept(left: jax.Array, old: jax.Array, new: jax.Array, alone: bool) -> jax.Array:
-    return new if alone else jnp.where(left[:, :, None], old, new)
+    return new if alone else select(left, old, new)
 
 
 def _seen(stack: Stack, rule: Rule, i: int, x: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -122,46 +124,55 @@ def _seen(stack: Stack, rule: Rule, i: int, x: jax.Array, before: jax.Array) -> 
     return logits, (margin if rule.measure == "softmax" else likeliest)(logits)
 
 
-def _leaves(rule: Rule, left: jax.Array, sure: jax.Array) -> jax.Array:
-    """bool[b,t]; a threshold of 1 lets nobody leave, not even one who is sure to the last bit."""
-    enough = (sure >= rule.threshold) & (rule.threshold < 1)
-    return jnp.all(enough | left, axis=0, keepdims=True) & ~left if rule.rows == "wait" else enough & ~left
+def _leaves(rule: Rule, left: jax.Array, sure: jax.Array, alone: bool) -> jax.Array:
+    """f32[b,t], 1 where a token has left: now, or before."""
+    enough = reached(sure, rule.threshold)
+    now = enough if alone else jnp.maximum(enough, left)
+    if rule.rows == "wait" and sure.shape[0] > 1:
+        return jnp.broadcast_to(jnp.min(now, axis=0, keepdims=True), now.shape)
+    return now
 
 
 def _skipping(stack: Stack, rule: Rule, i: int, state: State, step: Step, entries: int) -> State:
-    """The i-th segment where a row needs it, else only what its layers keep.
-
-    Loops of at most one turn, not conditionals: XLA updates what a loop carries in place, and copies the caches
-    that the branches of a conditional return.
-    """
+    """The i-th segment where a row needs it, else only what its layers keep."""
     start, stop = _bounds(stack, rule, i)
     cache = Cache(step.lengths, step.ahead(entries * (stop - start)))
     alone = state[0].shape[0] == 1 or rule.rows == "wait"  # where a row goes on, all do
-    gone = jnp.all(state[2])
 
-    def on(carry: tuple[State, tuple[Rows, ...], jax.Array]) -> tuple[State, tuple[Rows, ...], jax.Array]:
-        state, entries, _ = carry
+    def on(carry: tuple[State, tuple[Rows, ...]]) -> tuple[State, tuple[Rows, ...]]:
+        state, entries = carry
         part = Step(state[0], Cache(cache.lengths, entries))
         state = _segment(stack, rule, i, state, part, alone=alone)
-        return state, part.cache().entries, jnp.zeros((), bool)
+        return state, part.cache().entries
 
-    def off(carry: tuple[tuple[Rows, ...], jax.Array]) -> tuple[tuple[Rows, ...], jax.Array]:
-        entries, _ = carry
-        part = Step(x, Cache(cache.lengths, entries))
+    def off(carry: tuple[State, tuple[Rows, ...]]) -> tuple[State, tuple[Rows, ...]]:
+        state, entries = carry
+        part = Step(state[0], Cache(cache.lengths, entries))
         for p in stack.layers[start:stop]:
-            stack.keep(p, x, part)
-        return part.cache().entries, jnp.zeros((), bool)
+            stack.keep(p, state[0], part)
+        return state, part.cache().entries
 
-    state, grown, _ = lax.while_loop(lambda carry: carry[-1], on, (state, cache.entries, ~gone))
-    x = state[0]
-    grown, _ = lax.while_loop(lambda carry: carry[-1], off, (grown, gone))
+    state, grown = either(state[2], on, off, (state, cache.entries))
     step.put(grown)
     return state
+
+
+@recorded
+def select(flags: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
+    """Rows [b,t,...] of `yes` where flags f32[b,t] are other than 0, else of `no`."""
+    return jnp.where(flags.reshape(flags.shape + (1,) * (yes.ndim - 2)) != 0, yes, no)
+
+
+@recorded
+def reached(sure: jax.Array, threshold: jax.Array) -> jax.Array:
+    """f32[b,t], 0 or 1; a threshold f32[b,1] of 1 lets nobody leave, not even one who is sure to the last bit."""
+    return ((sure >= threshold) & (threshold < 1)).astype(jnp.float32)
 
 
 # -- confidence, in [0,1] -----------------------------------------------------------------------------------
 
 
+@recorded
 def margin(logits: jax.Array) -> jax.Array:
     """Probability of the likeliest token less that of the next, f32 without the last axis.
 
@@ -176,6 +187,7 @@ def margin(logits: jax.Array) -> jax.Array:
     return (1 - jnp.exp(jnp.max(others, axis=-1) - top)) / total
 
 
+@recorded
 def likeliest(logits: jax.Array) -> jax.Array:
     """Probability of the likeliest token."""
     logits = logits.astype(jnp.float32)

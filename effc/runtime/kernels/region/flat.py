@@ -52,7 +52,17 @@ class Flat:
         self.inputs = [names[var] for var in jaxpr.invars]
         self._write(jaxpr, names)
         self.results = [_atom(var, names) for var in jaxpr.outvars]
-        self._drop_unread()
+        self.steps = _read(self.steps, self.results)
+
+    def side(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> tuple[list[Step], list[Any]]:
+        """Steps of a function that is called with these atoms, and its results; the steps are not among `steps`."""
+        before, self.steps = self.steps, []
+        names: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        names.update(zip(jaxpr.invars, args, strict=True))
+        self._write(jaxpr, names)
+        results = [_atom(var, names) for var in jaxpr.outvars]
+        steps, self.steps = _read(self.steps, results), before
+        return steps, results
 
     def _write(self, jaxpr: Jaxpr, names: dict[Any, Any]) -> None:
         for eqn in jaxpr.eqns:
@@ -75,22 +85,29 @@ class Flat:
         self._write(jaxpr, names)
         return [_atom(var, names) for var in jaxpr.outvars]
 
-    def _drop_unread(self) -> None:
-        read = {atom for atom in self.results if isinstance(atom, int)}
-        kept: list[Step] = []
-        for step in reversed(self.steps):
-            if step.eqn.effects or not read.isdisjoint(step.outs):
-                kept.append(step)
-                read.update(atom for atom in step.ins if isinstance(atom, int))
-        self.steps = kept[::-1]
-
-    def last_reads(self) -> dict[int, int]:
+    def last_reads(self) -> dict[int, float]:
         """The place of the last step that reads each value; past the end for results."""
-        last: dict[int, int] = {}
-        for place, step in enumerate(self.steps):
-            last.update((atom, place) for atom in step.ins if isinstance(atom, int))
-        last.update((atom, len(self.steps)) for atom in self.results if isinstance(atom, int))
-        return last
+        return reads(self.steps, self.results, range(len(self.steps) + 1))
+
+
+def reads(steps: Sequence[Step], results: Sequence[Any], places: Sequence[float]) -> dict[int, float]:
+    """The last of the places at which each value is read: one a step, and one for the results."""
+    last: dict[int, float] = {}
+    for place, step in zip(places, steps, strict=False):
+        last.update((atom, place) for atom in step.ins if isinstance(atom, int))
+    last.update((atom, places[-1]) for atom in results if isinstance(atom, int))
+    return last
+
+
+def _read(steps: Sequence[Step], results: Sequence[Any]) -> list[Step]:
+    """The steps that results depend on, or that do something else."""
+    read = {atom for atom in results if isinstance(atom, int)}
+    kept: list[Step] = []
+    for step in reversed(steps):
+        if step.eqn.effects or not read.isdisjoint(step.outs):
+            kept.append(step)
+            read.update(atom for atom in step.ins if isinstance(atom, int))
+    return kept[::-1]
 
 
 def _atom(var: Any, names: dict[Any, Any]) -> Any:

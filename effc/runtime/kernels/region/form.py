@@ -6,15 +6,16 @@ know, and that reads what the region makes, closes the region first. All else st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Literal
 
+from effc.runtime.kernels.region import branch, sides
 from effc.runtime.kernels.region import steps as known
 from effc.runtime.kernels.region.flat import Flat, Step
-from effc.runtime.kernels.region.program import LINEAR, MAP, NOWHERE, Place, Program, Slot
+from effc.runtime.kernels.region.program import LINEAR, MAP, Place, Program, Slot
 from effc.runtime.kernels.region.record import LAYER, recording
 
 Call = Callable[[Program], Sequence[jax.Array]]
@@ -31,8 +32,8 @@ class Former:
 
     def __init__(self, closed: ClosedJaxpr, call: Call, digits: int):
         self.flat, self.call, self.digits = Flat(closed), call, digits
-        self.at = 0
-        self.last = self.flat.last_reads()
+        self.at: float = 0
+        self.last: MutableMapping[int, float] = self.flat.last_reads()
         self.values: dict[int, Any] = dict(self.flat.consts)
         self.avals: dict[int, Any] = {}
         self._open()
@@ -45,6 +46,7 @@ class Former:
         self.borrowed: dict[int, Place] = {}
         self.caches: dict[int, Slot] = {}
         self.quantized: dict[Any, Slot] = {}
+        self.updated: dict[int, Slot] = {}  # by array: caches that the other side of a branch has grown
 
     def run(self, args: Sequence[Any]) -> list[Any]:
         self.values.update(zip(self.flat.inputs, args, strict=True))
@@ -56,21 +58,21 @@ class Former:
     def _take(self, at: int, step: Step) -> None:
         self.at = at
         self.avals.update((number, step.out(i)) for i, number in enumerate(step.outs))
-        if known.join(self, step):
+        if sides.joins(self, step):
             self.members.append(step)
             return
         if known.is_view(step) and self.inside(step.ins[0]):
-            self._defer(step)
+            self.defer(step)
             return
         if any(self.inside(atom) for atom in step.ins):
             self._close(at)
-        self._outside(step)
+        self.outside(step)
 
     def inside(self, atom: Any) -> bool:
         """Whether the open region makes this value."""
         return isinstance(atom, int) and (atom in self.places or atom in self.views)
 
-    def _defer(self, step: Step) -> None:
+    def defer(self, step: Step) -> None:
         """What it is a view of must live as long as the view."""
         (number,) = step.outs
         self.views[number] = step
@@ -80,7 +82,7 @@ class Former:
             self.last[base] = max(self.last.get(base, -1), end)
             base = self.views[base].ins[0] if base in self.views else None
 
-    def _outside(self, step: Step) -> None:
+    def outside(self, step: Step) -> None:
         args = [self._array(atom) for atom in step.ins]
         for number, value in zip(step.outs, self._evaluate(step, args), strict=True):
             self.values[number] = value
@@ -92,6 +94,8 @@ class Former:
         primitive, params = step.eqn.primitive, step.params
         if primitive is LAYER:
             return [known.reference(step, args)]
+        if primitive is branch.BRANCH:
+            return branch.reference(*args, **step.params, inner=self._within)
         with recording(False):
             bound = primitive.get_bind_params({k: self._inner(v) for k, v in params.items()})
             # From jax 0.10 on parameters alone, before that functions and parameters.
@@ -107,6 +111,16 @@ class Former:
         if isinstance(value, tuple) and any(isinstance(item, ClosedJaxpr) for item in value):
             return tuple(map(self._inner, value))
         return value
+
+    def _within(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A side of a branch that is no part of a region, with regions of its own."""
+
+        def run_side(*state: Any) -> Any:
+            with recording():
+                closed = jax.make_jaxpr(function)(*state)
+            return run(closed, state, self.call, self.digits)
+
+        return run_side
 
     # ---- what steps ask for when they join
 
@@ -132,7 +146,7 @@ class Former:
             return
         if not any(op.code == LINEAR for op in program.ops):
             for step in members:  # not worth a call
-                self._outside(step)
+                self.outside(step)
             return
         wanted = {n: place for n, place in places.items() if self.last.get(n, -1) >= at}
         wanted = {n: self._whole(program, place) for n, place in wanted.items()}
@@ -142,7 +156,7 @@ class Former:
             self.values[n] = arrays[number].reshape(self.avals[n].shape)
         for step in views.values():
             if step.ins[0] in self.values and self.last.get(step.outs[0], -1) >= at:
-                self._outside(step)
+                self.outside(step)
 
     def _whole(self, program: Program, place: Place) -> Place:
         """The place, or a copy of it where it is only part of its slot or of an array that went in."""
@@ -151,6 +165,5 @@ class Former:
         if slot.shape is not None or (not given and slot.size == 4 * place.rows * place.width):
             return place
         copy = known.room(place.rows, place.width)
-        words = [copy, place, Place(NOWHERE, 1, 1, 0), known.COPY, place.width, 1, 0, 0.0]
-        program.by_rows(MAP, words, [slot], copy.slot, place.rows)
+        program.by_rows(MAP, sides.copied(copy, place), [slot], copy.slot, place.rows)
         return copy

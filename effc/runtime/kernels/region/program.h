@@ -1,7 +1,8 @@
 // The words of a native region as structures; effc/runtime/kernels/region/program.py writes them.
 //
 // A program is a header and its stages; a stage is a header and its ops. Ops of a row stage act on each
-// row by itself, one after the other; ops of the other stages are independent of each other.
+// row by itself, one after the other; ops of the other stages are independent of each other. A stage with a
+// flag runs only where that flag, which an earlier Decide has set, is as wanted: so branches are skipped.
 
 #pragma once
 
@@ -11,7 +12,9 @@
 
 namespace effc {
 
-enum Code : int64_t { kNorm = 1, kQuantize, kRope, kAppend, kMap, kArgmax, kLinear, kAttention, kJoin = 12 };
+enum Code : int64_t {
+  kNorm = 1, kQuantize, kRope, kAppend, kMap, kArgmax, kLinear, kAttention, kDecide, kSure, kSelect, kDense, kJoin
+};
 
 // Where an array lies: base -1 the scratch memory, -2 nowhere, else the number of a buffer.
 struct Ref {
@@ -25,11 +28,12 @@ struct View {
 };
 
 struct Header {
-  int64_t stages, scratch;
+  int64_t stages, scratch, flags;
 };
 
 struct Stage {
   int64_t words, rows, ops;  // rows 0: not by rows
+  int64_t flag, wanted;      // flag -1: always
 };
 
 struct Op {
@@ -98,6 +102,31 @@ struct Join : Op {
   Ref parts, positions, sinks;
   int64_t heads, width, spans;
   Seen seen;
+};
+
+// Sets a flag: whether the first number of every row is other than 0.
+struct Decide : Op {
+  View x;
+  int64_t rows, flag;
+};
+
+// y = the probability of the largest of x, less that of the next where margin is set.
+struct Sure : Op {
+  View x, y;
+  int64_t width, margin;
+};
+
+// y = x times w [inner, outer] as it lies, of few columns.
+struct Dense : Op {
+  View x, y;
+  Ref w, bias;
+  int64_t inner, outer;
+};
+
+// y = the row of a where its number in `where` is other than 0, else that of b.
+struct Select : Op {
+  View y, where, a, b;
+  int64_t width;
 };
 
 inline double Number(int64_t bits) { return LoadAs<double>(&bits); }

@@ -2,21 +2,33 @@
 
 Ops that act on each row by itself run in row stages, one after another on the same rows; products and
 attention run in stages of independent ops between these. An op's stage is the first that its operands allow.
+Ops of a branch are in stages of their own, which run only where the branch's flag is as they want it.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-NORM, QUANTIZE, ROPE, APPEND, MAP, ARGMAX, LINEAR, ATTENTION = range(1, 9)
-JOIN = 12
+NORM, QUANTIZE, ROPE, APPEND, MAP, ARGMAX, LINEAR, ATTENTION, DECIDE, SURE, SELECT, DENSE, JOIN = range(1, 14)
 
 _ALIGN = 64
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Runs where this flag is 1 (or 0), not before stage `start`."""
+
+    flag: int
+    wanted: int
+    start: int = 0
+
+
+ALWAYS = Branch(-1, 0)
 
 
 @dataclass(eq=False)
@@ -28,6 +40,7 @@ class Slot:
     shape: tuple[int, ...] | None = None
     stage: int = -1  # that writes it
     rows: int = 0
+    branch: Branch = ALWAYS
     buffer: tuple[str, int] | None = None
     offset: int = 0
 
@@ -65,6 +78,7 @@ class Op:
     writes: Slot
     rows: int = 0
     stage: int = 0
+    branch: Branch = ALWAYS
 
 
 NOWHERE = Slot(0)
@@ -79,7 +93,16 @@ class Program:
     inputs: list[Any] = field(default_factory=list)
     outputs: list[Slot] = field(default_factory=list)
     aliases: dict[int, int] = field(default_factory=dict)
+    branch: Branch = ALWAYS  # that ops are added to
+    flags: int = 0
     _known: dict[int, Slot] = field(default_factory=dict)
+
+    def copy(self) -> Program:
+        """What is added to either is not added to the other; slots are shared."""
+        ops, known = list(self.ops), dict(self._known)
+        return replace(
+            self, ops=ops, inputs=[*self.inputs], outputs=[*self.outputs], aliases={**self.aliases}, _known=known
+        )
 
     def input(self, array: Any) -> Slot:
         """The slot of an array that goes in."""
@@ -109,19 +132,28 @@ class Program:
 
     def by_rows(self, code: int, words: Sequence[Any], reads: Sequence[Slot], writes: Slot, rows: int) -> None:
         """An op on each row by itself."""
-        stage = 0
+        stage = self.branch.start
         for slot in reads:
-            wait = 1 if slot.stage % 2 else 0 if slot.rows == rows else 2
+            together = slot.rows == rows and slot.branch == self.branch
+            wait = 1 if slot.stage % 2 else 0 if together else 2
             stage = max(stage, slot.stage + wait if slot.stage >= 0 else 0)
-        self._add(Op(code, words, reads, writes, rows, stage))
+        self._add(Op(code, words, reads, writes, rows, stage, self.branch))
 
     def together(self, code: int, words: Sequence[Any], reads: Sequence[Slot], writes: Slot) -> None:
         """An op whose tasks threads share."""
-        stage = max([1, *(slot.stage + (2 if slot.stage % 2 else 1) for slot in reads if slot.stage >= 0)])
-        self._add(Op(code, words, reads, writes, 0, stage))
+        after = [slot.stage + (2 if slot.stage % 2 else 1) for slot in reads if slot.stage >= 0]
+        self._add(Op(code, words, reads, writes, 0, max([self.branch.start + 1, *after]), self.branch))
+
+    def decide(self, place: Place) -> tuple[Branch, Branch]:
+        """What runs where some row's first number is 0, and what runs where none is."""
+        flag, self.flags = self.flags, self.flags + 1
+        decided = Slot(0)
+        self.together(DECIDE, [place, place.rows, flag], [place.slot], decided)
+        return Branch(flag, 0, decided.stage + 1), Branch(flag, 1, decided.stage + 1)
 
     def _add(self, op: Op) -> None:
-        op.writes.stage, op.writes.rows = op.stage, op.rows
+        slot = op.writes  # those that both sides of a branch write are ready after the later
+        slot.stage, slot.rows, slot.branch = max(slot.stage, op.stage), op.rows, op.branch
         self.ops.append(op)
 
     def words(self) -> np.ndarray:
@@ -129,19 +161,19 @@ class Program:
         stages = self._stages()
         scratch = _deal(stages)
         body = [self._stage(ops) for ops in stages]
-        flat = [len(stages), scratch, *(word for words in body for word in words)]
+        flat = [len(stages), scratch, self.flags, *(word for words in body for word in words)]
         return np.array(flat, np.int64)
 
     def _stages(self) -> list[list[Op]]:
-        groups: dict[tuple[int, int], list[Op]] = {}
+        groups: dict[tuple[int, int, Branch], list[Op]] = {}
         for op in self.ops:
-            groups.setdefault((op.stage, op.rows), []).append(op)
+            groups.setdefault((op.stage, op.rows, op.branch), []).append(op)
         return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
 
     def _stage(self, ops: list[Op]) -> list[int]:
         encoded = [self._op(op) for op in ops]
-        size = 3 + sum(map(len, encoded))
-        return [size, ops[0].rows, len(ops), *(word for words in encoded for word in words)]
+        size, branch = 5 + sum(map(len, encoded)), ops[0].branch
+        return [size, ops[0].rows, len(ops), branch.flag, branch.wanted, *(word for words in encoded for word in words)]
 
     def _op(self, op: Op) -> list[int]:
         words = [word for item in op.words for word in self._item(item)]

@@ -28,6 +28,11 @@ def recording(on: bool = True) -> Iterator[None]:
         _on.reset(token)
 
 
+def recording_now() -> bool:
+    """Whether layers become equations."""
+    return _on.get()
+
+
 def recorded(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`function`, or under `recording` an equation that stands for it; arrays must be positional."""
 

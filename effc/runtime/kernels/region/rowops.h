@@ -74,7 +74,8 @@ inline void Run(const Append& op, const Memory& memory, int64_t row) {
 }
 
 enum Function : int64_t {
-  kAdd, kSub, kMul, kDiv, kMax, kMin, kNeg, kExp, kTanh, kLogistic, kSquare, kCube, kSqrt, kRsqrt, kErf, kErfc, kCopy
+  kAdd, kSub, kMul, kDiv, kMax, kMin, kNeg, kExp, kTanh, kLogistic, kSquare, kCube, kSqrt, kRsqrt, kErf, kErfc, kCopy,
+  kReached  // 1 where a is b or more, and b less than 1
 };
 
 inline V Each(V x, float (*f)(float)) {
@@ -104,6 +105,7 @@ inline V Apply(int64_t function, V a, V b) {
     case kRsqrt: return 1.0f / Each(a, std::sqrt);
     case kErf: return Each(a, std::erf);
     case kErfc: return Each(a, std::erfc);
+    case kReached: return a >= b ? b < 1.0f ? Fill(1.0f) : V{} : V{};
     default: return a;
   }
 }

@@ -66,8 +66,8 @@ def join(former: Former, step: Step) -> bool:
     """Adds the step to the open region; whether it could."""
     if step.eqn.primitive is record.LAYER:
         take = _LAYERS.get(step.params["name"])
-        wide = _wide(step.out()) or take is _append
-        return take is not None and wide and take(former, step, _Args(former, step))
+        wide = is_wide(step.out()) or take is _append
+        return take is not None and wide and take(former, step, Args(former, step))
     if not any(former.inside(atom) for atom in step.ins):
         return False
     if step.name in FUNCTIONS:
@@ -76,11 +76,12 @@ def join(former: Former, step: Step) -> bool:
     return take is not None and step.ins[0] not in former.caches and take(former, step)
 
 
-def _wide(aval: Any) -> bool:
+def is_wide(aval: Any) -> bool:
+    """Whether it is f32, and not empty."""
     return aval.dtype == np.float32 and 0 not in aval.shape
 
 
-class _Args:
+class Args:
     """The arguments of a recorded layer: atoms where it has arrays."""
 
     def __init__(self, former: Former, step: Step):
@@ -112,7 +113,7 @@ class _Args:
         return None if isinstance(atom, Literal) or self.former.inside(atom) else self.former.values[atom]
 
 
-def _norm(former: Former, step: Step, args: _Args) -> bool:
+def _norm(former: Former, step: Step, args: Args) -> bool:
     number, scale, bias = (*args.values, None, None)[:3]
     x, scale, bias = args.place(number), args.place(scale), args.place(bias)
     if x is None or scale is None or bias is None:
@@ -128,7 +129,7 @@ def _norm(former: Former, step: Step, args: _Args) -> bool:
     return True
 
 
-def _linear(former: Former, step: Step, args: _Args) -> bool:
+def _linear(former: Former, step: Step, args: Args) -> bool:
     number, w, bias = (*args.values, None)[:3]  # numbers of arguments, a Packed of them
     if not isinstance(w, Packed) or args.keywords.get("layout", "kn") != w.layout:
         return False
@@ -143,7 +144,7 @@ def _linear(former: Former, step: Step, args: _Args) -> bool:
     return True
 
 
-def _product(former: Former, args: _Args, x: Place, w: Any, bias: Place) -> Place:
+def _product(former: Former, args: Args, x: Place, w: Any, bias: Place) -> Place:
     codes, scales, zeros = (args.slot(part) for part in (w.codes, w.scales, w.zeros))
     assert codes and scales and zeros
     digits = former.digits
@@ -168,7 +169,7 @@ def _quantized(former: Former, x: Place, piece: int, digits: int) -> tuple[Slot,
     return former.quantized[key], block
 
 
-def _rope(former: Former, step: Step, args: _Args) -> bool:
+def _rope(former: Former, step: Step, args: Args) -> bool:
     x, cos, sin = (args.place(number) for number in args.values)
     if x is None or cos is None or sin is None:
         return False
@@ -182,7 +183,7 @@ def _rope(former: Former, step: Step, args: _Args) -> bool:
     return True
 
 
-def _append(former: Former, step: Step, args: _Args) -> bool:
+def _append(former: Former, step: Step, args: Args) -> bool:
     """A row of a cache [b*g,S,m] for each new token, in place: nothing else may read the old cache."""
     old, new, lengths = args.values
     x, cache, at = args.place(new), args.outside(old), args.outside(lengths)
@@ -192,9 +193,10 @@ def _append(former: Former, step: Step, args: _Args) -> bool:
     kind = _kind(cache.dtype)
     if kind is None or (cache.dtype == np.uint8 and width % 2):
         return False
-    if former.last[args.atoms[old]] != former.at or former.program.takes(cache):
+    grown = former.updated.pop(id(cache), None)
+    if former.last[args.atoms[old]] != former.at or (grown is None and former.program.takes(cache)):
         return False
-    slot = former.program.update(cache)
+    slot = grown or former.program.update(cache)
     counts = former.program.input(at)
     words = [x, slot, counts, tokens, heads, width, cache.shape[1], kind]
     former.program.by_rows(ops.APPEND, words, [x.slot, counts], slot, x.rows)
@@ -208,7 +210,7 @@ def _kind(dtype: Any) -> int | None:
     return _KINDS.index(dtype.name) if dtype.name in _KINDS else None
 
 
-def _attention(former: Former, step: Step, args: _Args) -> bool:
+def _attention(former: Former, step: Step, args: Args) -> bool:
     q, keys, values, positions, *more = args.values
     bias, keyed, asked, sinks = (*more, *(None,) * 4)[:4]
     if bias is not None or keyed or asked:
@@ -222,7 +224,7 @@ def _attention(former: Former, step: Step, args: _Args) -> bool:
     return True
 
 
-def _attended(former: Former, step: Step, args: _Args, x: Place, arrays: list[Any]) -> Place:
+def _attended(former: Former, step: Step, args: Args, x: Place, arrays: list[Any]) -> Place:
     """Few tokens: stretches of keys are shared among threads, and what they come to is joined."""
     batch, tokens, heads, width = step.shape()
     _, capacity, groups, value_width = step.shape(2)
@@ -250,7 +252,7 @@ def _cache_of(former: Former, atom: Any) -> Slot | None:
 
 def _map(former: Former, step: Step) -> bool:
     """An elementwise function of values in the same rows, or of such a value and one number."""
-    if not _wide(step.out()) or (step.name == "integer_pow" and step.params["y"] not in (2, 3)):
+    if not is_wide(step.out()) or (step.name == "integer_pow" and step.params["y"] not in (2, 3)):
         return False
     rows, width = rows_of(step.out().shape)
     found = [_operand(former, step, i, rows, width) for i in range(len(step.ins))]
@@ -289,7 +291,7 @@ def _operand(former: Former, step: Step, i: int, rows: int, width: int) -> tuple
 def _reshape(former: Former, step: Step) -> bool:
     """The same numbers in the same rows, or in others where they lie so."""
     place = former.places.get(step.ins[0])
-    if place is None or not _wide(step.out()):
+    if place is None or not is_wide(step.out()):
         return False
     lies = place.reshaped(*rows_of(step.out().shape))
     if lies is None:
@@ -334,7 +336,7 @@ def _argmax(former: Former, step: Step) -> bool:
     return True
 
 
-_LAYERS: dict[str, Callable[[Former, Step, _Args], bool]] = {
+_LAYERS: dict[str, Callable[[Former, Step, Args], bool]] = {
     "norm": _norm, "linear": _linear, "rope": _rope, "append": _append, "attention": _attention,
 }  # fmt: skip
 

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "choice.h"
 #include "linear.h"
 #include "rowops.h"
 
@@ -43,7 +44,9 @@ class Work {
       at += stages_.back()->words;
     }
     for (const Stage* stage : stages_) counts_.push_back(Tasks(*stage));
+    for (const Stage* stage : stages_) branches_.push_back({stage->flag, stage->wanted});
     progress_ = std::vector<Progress>(stages_.size());
+    flags_ = std::vector<std::atomic<int64_t>>(header->flags);
   }
 
   // Until every stage is done, whoever did it. Program and buffers may be gone when a thread comes late: without
@@ -52,6 +55,8 @@ class Work {
     for (size_t i = 0; i < stages_.size(); ++i) {
       Progress& progress = progress_[i];
       const int64_t count = counts_[i];
+      const Branch& branch = branches_[i];
+      if (branch.flag >= 0 && flags_[branch.flag].load(std::memory_order_relaxed) != branch.wanted) continue;
       for (int64_t task; progress.done.load(std::memory_order_acquire) < count;) {
         if (progress.next.load(std::memory_order_relaxed) >= count || (task = progress.next.fetch_add(1)) >= count) {
           Wait(progress, count);
@@ -82,6 +87,10 @@ class Work {
     wake_.notify_all();
   }
 
+  struct Branch {
+    int64_t flag, wanted;
+  };
+
   static const Op* First(const Stage& stage) { return reinterpret_cast<const Op*>(&stage + 1); }
   static const Op* Next(const Op* op) {
     return reinterpret_cast<const Op*>(reinterpret_cast<const int64_t*>(op) + op->words);
@@ -101,11 +110,12 @@ class Work {
   }
 
   int64_t Tasks(const Op& op) const {
+    if (op.code == kDecide) return 1;
     if (op.code == kLinear) return effc::Tasks(static_cast<const Linear&>(op), memory_, threads_);
     return effc::Tasks(static_cast<const Attention&>(op), memory_);
   }
 
-  void RunTask(const Stage& stage, int64_t task) const {
+  void RunTask(const Stage& stage, int64_t task) {
     const Op* op = First(stage);
     if (stage.rows) {
       const int64_t each = RowsOfTask(stage), start = task * each, stop = std::min(stage.rows, start + each);
@@ -115,9 +125,12 @@ class Work {
       return;
     }
     for (int64_t count; task >= (count = Tasks(*op)); op = Next(op)) task -= count;
+    if (op->code == kDecide) return Set(static_cast<const Decide&>(*op));
     if (op->code == kLinear) return Run(static_cast<const Linear&>(*op), memory_, threads_, task);
     Run(static_cast<const Attention&>(*op), memory_, task);
   }
+
+  void Set(const Decide& op) { flags_[op.flag].store(All(op, memory_), std::memory_order_relaxed); }
 
   void RunRow(const Op& op, int64_t row) const {
     switch (op.code) {
@@ -127,6 +140,9 @@ class Work {
       case kAppend: return Run(static_cast<const Append&>(op), memory_, row);
       case kMap: return Run(static_cast<const Map&>(op), memory_, row);
       case kArgmax: return Run(static_cast<const Argmax&>(op), memory_, row);
+      case kSure: return Run(static_cast<const Sure&>(op), memory_, row);
+      case kSelect: return Run(static_cast<const Select&>(op), memory_, row);
+      case kDense: return Run(static_cast<const Dense&>(op), memory_, row);
       case kJoin: return Run(static_cast<const Join&>(op), memory_, row);
     }
   }
@@ -135,7 +151,9 @@ class Work {
   const int64_t threads_;
   std::vector<const Stage*> stages_;
   std::vector<int64_t> counts_;
+  std::vector<Branch> branches_;
   std::vector<Progress> progress_;
+  std::vector<std::atomic<int64_t>> flags_;
   std::mutex lock_;
   std::condition_variable wake_;
   std::atomic<int64_t> sleepers_{0};
