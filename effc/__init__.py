@@ -48,6 +48,8 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     """Names are imported when first used, so that `import effc` costs nothing."""
+    if name == "programs":
+        return import_module("effc.programs")
     if name not in _HOME:
         raise AttributeError(f"module 'effc' has no attribute '{name}'{nearest(name, _HOME)}")
     return getattr(import_module(_HOME[name]), name)

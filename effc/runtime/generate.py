@@ -118,13 +118,15 @@ class Stats:
 class Result:
     """tokens and finish (`stop`, `length`) of each row; texts too where a decoder was given.
 
-    Tokens that stop a text are not part of it, nor is any of a stop string.
+    Tokens that stop a text are not part of it, nor is any of a stop string. drawn: of each row all tokens as they
+    were chosen, those that spell a stop string and what was chosen before it was noticed too.
     """
 
     tokens: list[list[int]]
     finish: list[str]
     stats: Stats
     texts: list[str] | None = None
+    drawn: list[list[int]] = field(default_factory=list[list[int]])
 
 
 @dataclass
@@ -140,6 +142,7 @@ class Request:
     stop: Sequence[str] = ()
     decode: Decoder | None = None
     exits: float | None = None  # threshold of early exits, 1 never; None: the certified one
+    keys: jax.Array | None = None  # one a row, instead of `seed`: what a row draws then depends on its own alone
 
 
 def generate(
@@ -181,10 +184,11 @@ class _Run:
         stops = engine.eos if request.stop_ids is None else request.stop_ids
         sampling = request.sampling
         self.how = How(sampling, sampling.numbers(), jnp.asarray(list(stops) or [DONE], jnp.int32), request.exits)
-        self.seed = jax.random.key(request.seed)
+        self.seed = jax.random.key(request.seed) if request.keys is None else request.keys
         self.done, self.sent = [False] * len(self.lengths), [0] * len(self.lengths)
         self.left = np.full(len(self.lengths), request.max_new_tokens)
         self.watches = [Watch(request.decode, request.stop) for _ in self.lengths]
+        result.drawn = [[] for _ in self.lengths]
         self.state: State = {}
 
     def _check(self) -> None:
@@ -192,6 +196,10 @@ class _Run:
             raise EffcError("generate: no prompts, want at least one")
         check_length(min(self.lengths), self.request.max_new_tokens, None)
         check_length(max(self.lengths), self.request.max_new_tokens, self.engine.context)
+        if self.request.keys is not None and self.request.keys.shape != (len(self.lengths),):
+            raise EffcError(
+                f"generate: keys {list(self.request.keys.shape)}, want one for each of {len(self.lengths)} prompts"
+            )
         if self.request.stop and self.request.decode is None:
             raise EffcError("generate: stop strings are given without a decoder, want `decode` (ids -> text)")
 
@@ -228,7 +236,7 @@ class _Run:
         rows = len(self.lengths)
         return {
             "cache": cache, "token": jnp.zeros(rows, jnp.int32), "done": jnp.zeros(rows, bool),
-            "row": jnp.arange(rows, dtype=jnp.int32), "seed": self.seed,
+            "row": jnp.arange(rows, dtype=jnp.int32) * (self.request.keys is None), "seed": self.seed,
             "seen": _seen(self.request.prompts, vocab) if "repetition_penalty" in self.how.filters else None,
         }  # fmt: skip
 
@@ -256,7 +264,9 @@ class _Run:
             return []
         final = self.left[row] == 0
         kept, watch = self.result.tokens[row], self.watches[row]
-        kept.extend(int(token) for token in tokens if token != DONE)
+        news = [int(token) for token in tokens if token != DONE]
+        kept.extend(news)
+        self.result.drawn[row] += news
         cut = watch.see(kept)
         if cut is not None:
             del kept[cut:]

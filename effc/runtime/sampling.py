@@ -82,8 +82,9 @@ def filtered(logits: jax.Array, numbers: Numbers, filters: frozenset[str]) -> ja
 
 
 def row_keys(seed: jax.Array, rows: jax.Array, positions: jax.Array) -> jax.Array:
-    """A key for each row [b] and position [b], whatever the other rows are."""
-    return jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(seed, row), at))(rows, positions)
+    """A key for each row [b] and position [b], whatever the other rows are; seed is one key, or one a row [b]."""
+    seeds = jnp.broadcast_to(seed, rows.shape)
+    return jax.vmap(lambda key, row, at: jax.random.fold_in(jax.random.fold_in(key, row), at))(seeds, rows, positions)
 
 
 def penalize(logits: jax.Array, seen: jax.Array, penalty: jax.Array | float) -> jax.Array:
