@@ -21,7 +21,7 @@ from effc.ir.stream import run
 from effc.ir.verify import verify
 from effc.passes.base import Notes, PassError
 from effc.passes.calm import Calm
-from effc.passes.calm_train import both_ways, part, weighted, with_exits
+from effc.passes.calm.train import both_ways, part, weighted, with_exits
 from effc.passes.context import Context, Model
 from effc.passes.runner import step
 from effc.runtime.engine import Engine

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from effc.ir.core import Decode, Func, Module, Op, Ref, Value
 from effc.ir.rewrite import names_of, prune
 from effc.ir.types import Type
-from effc.passes import calm_adapters
 from effc.passes.base import Exactness, Notes, Pass, PassError, Phase, option
-from effc.passes.calm_shape import Shape, find
+from effc.passes.calm import adapters
+from effc.passes.calm.shape import Shape, find
 from effc.weights import Lazy, Store
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Calm(Pass):
     def run(self, module: Module, notes: Notes) -> Module:
         shape = find(module)
         at = exits_of(self, shape.layers, shape.order)
-        params, exit = calm_adapters.block(self, shape, len(at), module)
+        params, exit = adapters.block(self, shape, len(at), module)
         early = _early(self, shape, at, exit, _free("early", module))
         func = shape.keys
         assert module.decode is not None
@@ -76,7 +76,7 @@ class Calm(Pass):
         return replace(module.with_params(*params), funcs=funcs, decode=decode)
 
     def made(self, before: Module, after: Module, store: Store) -> list[Lazy]:
-        return calm_adapters.made(before, after)
+        return adapters.made(before, after)
 
     def training_minutes(self) -> float:
         return (
@@ -84,7 +84,7 @@ class Calm(Pass):
         )
 
     def train(self, module: Module, store: Store, context: Context) -> Store:
-        from effc.passes.calm_train import train
+        from effc.passes.calm.train import train
 
         return train(self, module, store, context)
 
@@ -92,7 +92,7 @@ class Calm(Pass):
         return True
 
     def calibrate(self, module: Module, store: Store, context: Context, notes: Notes) -> Module:
-        from effc.passes.calm_calibrate import calibrate
+        from effc.passes.calm.calibrate import calibrate
 
         return calibrate(self, module, store, context, notes)
 

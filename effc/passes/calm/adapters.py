@@ -11,7 +11,7 @@ import numpy as np
 
 from effc.ir.core import Attr, Func, Module, Op, Param, Value
 from effc.ir.types import NUMPY, Type
-from effc.passes.calm_shape import Shape
+from effc.passes.calm.shape import Shape
 from effc.weights import Arrays, Lazy
 
 GROUP = "exits"

@@ -17,14 +17,14 @@ from effc.calibration.learn_then_test import Certificate, certify
 from effc.ir.core import Decode, Module, Op
 from effc.ir.rewrite import replace_ops
 from effc.passes.base import Notes
-from effc.passes.calm_train import early_name, part
+from effc.passes.calm.train import early_name, part
 from effc.runtime.engine import Engine
 from effc.runtime.generate import generate
 from effc.runtime.leaving import Left
 from effc.weights import Store
 
 if TYPE_CHECKING:
-    from effc.passes.calm import Calm
+    from effc.passes.calm.calm import Calm
     from effc.passes.context import Context
 
 GRID = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.88, 0.86, 0.84, 0.82, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55,

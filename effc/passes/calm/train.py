@@ -15,12 +15,12 @@ from effc.ir.core import Decode, Func, Module, Op, Ref, Value
 from effc.ir.ops import attribute
 from effc.ir.rewrite import names_of, prune
 from effc.ir.types import Type
-from effc.passes.calm_adapters import GROUP, SCORE
+from effc.passes.calm.adapters import GROUP, SCORE
 from effc.runtime.train import Plan, Tick, chosen, forward_kl, mean
 from effc.weights import Store
 
 if TYPE_CHECKING:
-    from effc.passes.calm import Calm
+    from effc.passes.calm.calm import Calm
     from effc.passes.context import Context
 
 ROWS, LENGTH = 8, 128
