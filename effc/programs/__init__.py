@@ -12,7 +12,7 @@
 Nothing else of effc imports this; `import effc` does not either. docs/programs.md tells the rest.
 """
 
-from effc.programs import handlers
+from effc.programs import handlers, keys
 from effc.programs.calls import Cache
 from effc.programs.distributions import (
     Bernoulli,
@@ -38,6 +38,6 @@ from effc.programs.trace import Record, Trace
 __all__ = [
     "LM", "Bernoulli", "Cache", "Categorical", "Choose", "Constant", "Distribution", "Draw", "Failed", "Memo",
     "Proposed", "Record", "Samples", "Text", "Trace", "beam", "factor", "forward", "handlers",
-    "likelihood_weighting", "log", "observe", "param", "program", "reject", "rejection", "run_all", "sample",
+    "keys", "likelihood_weighting", "log", "observe", "param", "program", "reject", "rejection", "run_all", "sample",
     "sequential", "tool", "uniform",
 ]  # fmt: skip

@@ -107,7 +107,8 @@ class Execution:
         if isinstance(effect, Bound):
             value = yield from self._run(effect, frame, f"{full}/")
             if self.rejected is None:
-                yield self._made(Record(full, "return", value))
+                hidden = self._handled(Log(value), full, frame).hidden
+                yield self._made(Record(full, "return", value, hidden=hidden))
             return value
         site = self._handled(effect, full, frame)
         yield site

@@ -47,7 +47,6 @@ class EngineModel(Model):
         self.rows = rows or (1 if self.engine.speculation else ROWS)
         self.cache, self.usage = cache if cache is not None else Cache(), Usage()
         self.speller = self.tokenizer.files.json
-        self._score = jax.jit(_scores, static_argnames=("greedy", "filters"))
 
     @cached_property
     def digest(self) -> Hashable:
@@ -170,7 +169,7 @@ class EngineModel(Model):
     def _scores(self, logits: jax.Array, wanted: jax.Array, sampling: Sampling) -> tuple[jax.Array, ...]:
         eos = jnp.asarray(self.engine.eos or (-1,), jnp.int32)
         options = {"greedy": sampling.greedy, "filters": sampling.filters}
-        return self._score(logits, wanted, eos, sampling.numbers(), **options)
+        return _scores(logits, wanted, eos, sampling.numbers(), **options)
 
     def _row(self, call: Scoring, model: np.ndarray, sampled: np.ndarray, end: np.ndarray) -> Scored:
         """Of one call; end[t,2]: the log-probability that the text ends there, as modelled and as sampled."""
@@ -205,6 +204,7 @@ def _padded(rows: Sequence[Sequence[int]], width: int) -> jax.Array:
     return jnp.asarray(out)
 
 
+@partial(jax.jit, static_argnames=("greedy", "filters"))
 def _scores(
     logits: jax.Array, wanted: jax.Array, eos: jax.Array, numbers: Numbers, *, greedy: bool, filters: frozenset[str]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
