@@ -62,15 +62,19 @@ class QArray:
     def unpacked(self) -> jax.Array:
         """int8 codes, one an element. (Prepared for a TPU, 4-bit codes are an int4 array, one an element.)"""
         packed = self.bits <= 4 and self.codes.dtype != jnp.int4
-        return unpack(self.codes, self.width) if packed else self.codes.astype(jnp.int8)
+        return unpack(self.codes, self.width) if packed else self.codes[..., : self.width].astype(jnp.int8)
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The array it stands for, computed in f32."""
-        spread = partial(spread_groups, group=self.group, axis=self.axis, extent=self.shape[self.axis])
         values = self._values()
         if self.zeros is not None:
-            values = values - spread(self.zeros.astype(jnp.float32))
-        return (values * spread(self.scales.astype(jnp.float32))).astype(dtype)
+            values = values - self._spread(self.zeros)
+        return (values * self._spread(self.scales)).astype(dtype)
+
+    def _spread(self, values: jax.Array) -> jax.Array:
+        """f32, one an element."""
+        kept = values[..., : self.width] if self.axis == -2 else values  # prepared for a TPU, columns are padded
+        return spread_groups(kept.astype(jnp.float32), group=self.group, axis=self.axis, extent=self.shape[self.axis])
 
     def _values(self) -> jax.Array:
         """What each code stands for, f32."""

@@ -37,7 +37,7 @@ def matmul(x: jax.Array, w: QArray | Packed, layout: str) -> jax.Array:
         from effc.runtime.kernels.matmul import tpu  # Pallas takes half a second to import
 
         if tpu.fits(x, w, layout):
-            return lax.platform_dependent(x, w, tpu=partial(tpu.matmul, layout=layout), default=here)
+            return on_tpu.either(partial(tpu.matmul, layout=layout, digits=tpu.digits_wanted()), here, x, w)
     return here(x, w)
 
 

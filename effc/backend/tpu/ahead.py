@@ -20,7 +20,8 @@ from rich.text import Text
 from effc.backend.to_python import emit
 from effc.backend.tpu.child import environment
 from effc.backend.tpu.estimate import Estimate, estimate
-from effc.backend.tpu.hardware import Generation, generation
+from effc.backend.tpu.hardware import generation
+from effc.runtime.kernels.generations import Generation
 from effc.errors import EffcError
 from effc.ir.core import Module
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from effc.backend.tpu.hardware import Generation
+from effc.runtime.kernels.generations import Generation
 
 LAUNCH = 0.5e-6
 """Seconds assumed to begin one op of XLA's: no public figure; the share it makes is shown."""

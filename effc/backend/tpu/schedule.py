@@ -141,9 +141,11 @@ def _inner_loops(code: Sequence[str], start: int, stop: int) -> list[tuple[int, 
 
 
 def _skipped(code: Sequence[str], start: int, stop: int) -> list[tuple[int, int]]:
-    """Bundles that a steady step jumps over: bodies that run now and then, not the pipeline's own stage."""
+    """Bundles of bodies that run now and then; the longest skip is the pipeline's own stage if it is most of the loop."""
     inside = [(at + _DELAY_SLOTS + 1, to) for at, to in _branches(code) if start <= at < to <= stop]
-    return [(a, b) for a, b in inside if b - a <= _PIPELINE * (stop - start)]
+    longest = max(inside, key=lambda span: span[1] - span[0], default=(0, 0))
+    own = longest if longest[1] - longest[0] > _PIPELINE * (stop - start) else None
+    return [span for span in inside if span != own]
 
 
 def _weight(at: int, skipped: Sequence[tuple[int, int]], inner: Sequence[tuple[int, int, int]]) -> int:

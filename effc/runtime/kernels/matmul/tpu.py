@@ -1,175 +1,197 @@
 """Grouped quantized matmul for TPUs (Pallas): weights stay coded until they reach the int8 matrix unit.
 
-Activations become two int8 digits a token, x = t (128 hi + lo), exact to 15 bits, stacked as rows: the
-matrix unit's cost is the weights', so the second digit is nearly free. Each group's partial sums are
-int32, exact, and are scaled once in f32; groups are unrolled so that pushes, products and sums overlap.
-Groups smaller than the unit is deep go block-diagonally: row block j keeps only the j-th group of
-every DEPTH elements, and one product gives the partial sums of them all.
+Activations become two int8 digits a token, x = t (128 high + low), exact to 15 bits, stacked as rows: the
+matrix unit's cost is the weights', so the second digit is nearly free. One digit (W4A8, W8A8) is EFFC_ACTIVATIONS=8.
+For a few rows the kernel makes the digits itself, in its first step, which waits for HBM anyway; for many
+(prefill) XLA makes them once, and a step takes BLOCK rows of them. Weights stacked over layers [L,K,N] are read
+where they lie, at a layer number that is known before the grid runs.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effc.runtime.kernels import on_tpu
+from effc.runtime.kernels.generations import GENERATIONS
+from effc.runtime.kernels.matmul import steps, tiling
+from effc.runtime.kernels.matmul.steps import Form
 from effc.runtime.qarray import QArray
 
-DEPTH = 128
-"""Elements that one push of the matrix unit takes along K."""
+LANES = 128
+BLOCK = 64
+"""Tokens of a step; above it the grid has blocks of them."""
 
-ROWS = 64
-"""Rows of x up to which scaling partial sums costs less than scaling weights."""
+_ALIGNED = 32
+"""Rows of int8 codes in a register: groups that part K elsewhere are XLA's."""
 
-TILE = 2 * 2**20
-"""Bytes of codes in one step: enough to hide a step's fixed cost, little enough for the first, exposed, fill."""
 
-VMEM = 64 * 2**20
+def digits_wanted() -> int:
+    """int8 numbers an activation: 2, or 1 where EFFC_ACTIVATIONS=8."""
+    return 1 if os.environ.get("EFFC_ACTIVATIONS") == "8" else 2
 
 
 def fits(x: jax.Array, w: QArray, layout: str) -> bool:
-    """Whether the kernel takes x[R,K] and w: few rows, codes one an element, groups along K that divide it."""
+    """Whether the kernel takes x[R,K] and w: codes one an element, groups along K; w[N,K] with one scale a row."""
     extent = x.shape[1]
-    group = w.group or extent
+    group = min(w.group or extent, extent)
     along = (layout, w.axis) in (("kn", -2), ("nk", -1))
-    whole = extent % group == 0 and (group % DEPTH == 0 or DEPTH % group == 0 or group == extent)
-    plain = w.codes.ndim == 2 and w.codes.dtype in (jnp.int8, jnp.int4)
-    return along and whole and plain and 0 < x.shape[0] <= ROWS and (layout == "kn" or group == extent)
+    plain = w.codes.ndim in (2, 3) and w.codes.dtype in (jnp.int8, jnp.int4) and w.form == "int"
+    known = str(w.scales.dtype) in ("float32", "float16", "bfloat16")
+    whole = group == extent or (group % _ALIGNED == 0 and layout == "kn")
+    return along and plain and known and whole and x.shape[0] > 0 and (w.zeros is None or layout == "kn")
 
 
 def prepared(w: QArray) -> QArray:
-    """4-bit codes as an int4 array, one an element: what the kernel reads. Done once, when weights are loaded."""
-    if w.bits > 4 or w.form != "int" or w.codes.dtype == jnp.int4:
+    """Codes one an element, 4-bit ones int4; columns of w[K,N] to whole lanes. Once, when weights are loaded.
+
+    XLA lays arrays out to waste least: with odd columns it would turn w over, and copy it back for each product.
+    """
+    if w.form != "int" or w.axis not in (-1, -2) or w.codes.dtype == jnp.int4:
         return w
-    return replace(w, codes=w.unpacked().astype(jnp.int4))
+    codes = w.unpacked().astype(jnp.int4) if w.bits <= 4 else w.codes
+    if w.axis == -1:
+        return replace(w, codes=codes)
+    pad = [(0, 0)] * (codes.ndim - 1) + [(0, -w.width % LANES)]
+    zeros = None if w.zeros is None else jnp.pad(w.zeros, pad)
+    return replace(w, codes=jnp.pad(codes, pad), scales=jnp.pad(w.scales, pad), zeros=zeros)
 
 
-def matmul(x: jax.Array, w: QArray, layout: str, *, interpret: bool = False) -> jax.Array:
-    """f32[R,N] from x f32[R,K] and w[K,N] (layout nk: w[N,K], one scale a row)."""
+def matmul(
+    x: jax.Array, w: QArray, layer: jax.Array | None = None, *, layout: str = "kn", digits: int = 2,
+    columns: int = 0, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """f32[R,N] from x[R,K] and w[K,N] (layout nk: w[N,K]), or w[L,K,N] at i32[] `layer`; columns of a step, 0: chosen."""
+    width = w.codes.shape[-1 if layout == "kn" else -2]
+    form = _form(x, w, layout, digits)
+    bits, chip = 4 if w.codes.dtype == jnp.int4 else 8, on_tpu.generation()
+    sizes = [v.dtype.itemsize for v in (w.scales, w.zeros) if v is not None]
+    form = replace(form, columns=columns or tiling.columns(form, width, bits, sizes, chip))
+    y = _call(x, w, layer, form, bits, sizes, interpret)
+    return y[:, : w.width] if layout == "kn" else y
+
+
+def _form(x: jax.Array, w: QArray, layout: str, digits: int) -> Form:
+    """All but the columns of a step."""
     rows, extent = x.shape
-    width = w.shape[1 if layout == "kn" else 0]
-    group = min(w.group or extent, extent)
-    scales = _by_group(w.scales, layout)
-    padded = jnp.pad(x, ((0, _padding(rows)), (0, 0)))
-    y = _call(padded, w.codes, scales, group=group, width=width, layout=layout, interpret=interpret)[:rows]
-    if w.zeros is not None:
-        y = y - _group_sums(x, group) @ (_by_group(w.zeros, layout) * scales)
-    return y
+    inside, group = rows <= BLOCK, min(w.group or extent, extent)
+    strip = GENERATIONS[on_tpu.generation()].unit
+    return Form(_rounded(rows) if inside else BLOCK, extent, 0, group, digits, layout, strip, inside)
 
 
-def digits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int8 [2R,K], high digits then low, and f32 [R,1]: x = t (128 hi + lo) to a 32512th of each row's greatest."""
-    t = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / (127 * 128)
-    whole = jnp.round(x / jnp.where(t == 0, 1, t))
-    high = jnp.round(whole / 128)
-    return jnp.concatenate([high, whole - 128 * high]).astype(jnp.int8), t
-
-
-def block_diagonal(xd: jax.Array, group: int) -> jax.Array:
-    """int8 [2 r R,K] from digits [2R,K], r = DEPTH / group: high digits of every j, then low ones."""
-    many, extent = DEPTH // group, xd.shape[1]
-    mine = (jnp.arange(extent)[None] // group) % many == jnp.arange(many)[:, None]
-    kept = jnp.where(mine[None, :, None, :], xd.reshape(2, 1, -1, extent), 0)
-    return kept.reshape(-1, extent)
-
-
-def _padding(rows: int) -> int:
-    """To whole registers of 8 rows; one row alone has a form of its own."""
-    return 0 if rows == 1 else -rows % 8
-
-
-def _by_group(values: jax.Array, layout: str) -> jax.Array:
-    """f32 [K/G,N]."""
-    return (values if layout == "kn" else values.T).astype(jnp.float32)
-
-
-def _group_sums(x: jax.Array, group: int) -> jax.Array:
-    """f32 [R,K/G]."""
-    return x.reshape(x.shape[0], -1, group).sum(axis=-1)
-
-
-def tile(extent: int, width: int, bits: int) -> int:
-    """Columns of a step: all of them, or whole lanes whose codes are TILE bytes at most."""
-    fitting = max(TILE * 8 // (bits * extent) // 128 * 128, 128)
-    return width if fitting >= width else fitting
+def _rounded(rows: int) -> int:
+    """To what registers hold: 1, 2, 4, or whole ones of 8."""
+    return next((n for n in (1, 2, 4) if n >= rows), -(-rows // 8) * 8)
 
 
 def _call(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, *, group: int, width: int, layout: str, interpret: bool
+    x: jax.Array, w: QArray, layer: jax.Array | None, form: Form, bits: int, sizes: Sequence[int], interpret: bool
 ) -> jax.Array:
-    rows, extent = x.shape
-    xd, t = digits(x)
-    small = group < DEPTH and extent % DEPTH == 0
-    xd = block_diagonal(xd, group) if small else xd
-    columns = tile(extent, width, 4 if codes.dtype == jnp.int4 else 8)
-    block = (extent, columns) if layout == "kn" else (columns, extent)
-    place = (lambda n: (0, n)) if layout == "kn" else (lambda n: (n, 0))
-    bits, steps = 4 if codes.dtype == jnp.int4 else 8, pl.cdiv(width, columns)
-    name = f"matmul_int{bits}_{extent}x{width}_g{group}_m{rows}"
-    on_tpu.note(name, columns * (extent * bits / 8 + 4 * scales.shape[0]), steps)
-    body = functools.partial(_diagonal if small else _grouped, group=group, rows=rows, layout=layout)
-    return pl.pallas_call(
-        body,
-        name=name,
-        grid=(steps,),
-        in_specs=[
-            pl.BlockSpec(xd.shape, lambda n: (0, 0)),
-            pl.BlockSpec((rows, 1), lambda n: (0, 0)),
-            pl.BlockSpec(block, place),
-            pl.BlockSpec((scales.shape[0], columns), lambda n: (0, n)),
-        ],
-        out_specs=pl.BlockSpec((rows, columns), lambda n: (0, n)),
+    along, stack = form.layout == "kn", layer is not None
+    rows, width = x.shape[0], w.codes.shape[-1 if along else -2]
+    grid = (pl.cdiv(width, form.columns), pl.cdiv(rows, form.rows))
+    operands, specs = _activations(x, form)
+    scales = [_rows_of_groups(v, form.layout) for v in (w.scales, w.zeros) if v is not None]
+    kinds, zeros = [str(v.dtype) for v in scales], len(scales) > 1
+    block = (form.extent, form.columns) if along else (form.columns, form.extent)
+    specs += [_weight_spec(block, along, stack)]
+    specs += [_weight_spec((form.groups, form.columns), True, stack) for _ in scales]
+    name = _name(form, bits, width, rows, kinds, stack)
+    later = form.digit_rows * form.extent if grid[1] > 1 else 0  # blocks of rows after the first fetch no weights
+    on_tpu.note(name, form.tile_bytes(bits, sizes) / grid[1] + later, grid[0] * grid[1], tiling.vmem(form, bits, sizes))
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=int(stack), grid=grid, in_specs=specs, scratch_shapes=_scratch(form, kinds),
+        out_specs=pl.BlockSpec((form.rows, form.columns), lambda n, m, *_: (m, n)),
+    )  # fmt: skip
+    call = pl.pallas_call(
+        functools.partial(_step, form=form, kinds=kinds, zeros=zeros, stack=stack),
+        name=name, grid_spec=spec, interpret=interpret,
         out_shape=jax.ShapeDtypeStruct((rows, width), jnp.float32),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM),
-        interpret=interpret,
-    )(xd, t, codes, scales)
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=tiling.VMEM[on_tpu.generation()]),
+    )  # fmt: skip
+    return call(*([] if layer is None else [layer.reshape(1).astype(jnp.int32)]), *operands, w.codes, *scales)
 
 
-def _dot(x: jax.Array, w: jax.Array, layout: str) -> jax.Array:
-    """int32 [rows,columns]; int4 codes become int8 on their way to the matrix unit."""
-    axes = (((1,), (0 if layout == "kn" else 1,)), ((), ()))
-    return jax.lax.dot_general(x, w.astype(jnp.int8), axes, preferred_element_type=jnp.int32)
+def _activations(x: jax.Array, form: Form) -> tuple[list[jax.Array], list[Any]]:
+    """Operands and their blocks: x itself, or its digits and t."""
+    if form.inside:
+        return [x], [pl.BlockSpec((form.rows, form.extent), lambda n, m, *_: (m, 0))]
+    padded = jnp.pad(x.astype(jnp.float32), ((0, -x.shape[0] % form.rows), (0, 0)))
+    return list(digits(padded, form)), [
+        pl.BlockSpec((form.digit_rows, form.extent), lambda n, m, *_: (m, 0)),
+        pl.BlockSpec((form.rows, 1), lambda n, m, *_: (m, 0)),
+    ]
 
 
-def _grouped(x_ref, t_ref, w_ref, s_ref, o_ref, *, group: int, rows: int, layout: str) -> None:  # type: ignore[no-untyped-def]
-    """A product a group; for each its partial sums, both digits together, times the scales."""
-    total = None
-    for g in range(x_ref.shape[1] // group):
-        span = slice(g * group, (g + 1) * group)
-        w = w_ref[span, :] if layout == "kn" else w_ref[:, span]
-        part = _joined(_dot(x_ref[:, span], w, layout), rows, group) * s_ref[g : g + 1, :]
-        total = part if total is None else total + part
-    o_ref[...] = total * t_ref[...]
+def digits(x: jax.Array, form: Form) -> tuple[jax.Array, jax.Array]:
+    """int8 [R / rows * digit rows,K] and f32 [R,1], in XLA: for each block of rows what a step takes."""
+    t, inverse = steps.unit(jnp.max(jnp.abs(x), axis=-1, keepdims=True), form.digits)
+    parts = steps.split(jnp.round(x * inverse).astype(jnp.int32), form.digits)
+    stacked = jnp.stack([part.astype(jnp.int8).reshape(-1, form.rows, form.extent) for part in parts], axis=1)
+    if form.blocks > 1:
+        mine = jnp.arange(form.extent)[None] // form.group % form.blocks == jnp.arange(form.blocks)[:, None]
+        stacked = jnp.where(mine[None, None, :, None, :], stacked[:, :, None], 0)
+    return stacked.reshape(-1, form.extent), t
 
 
-def _joined(p: jax.Array, rows: int, group: int) -> jax.Array:
-    """f32 sums from those of high and low digits; in int32, which is exact, where they fit."""
-    high, low = p[:rows], p[rows:]
-    if group <= 1024:
-        return (high * 128 + low).astype(jnp.float32)
-    return high.astype(jnp.float32) * 128 + low.astype(jnp.float32)
+def _weight_spec(block: tuple[int, int], along: bool, stack: bool) -> Any:
+    """A block of codes or scales; columns are its last axis where `along`, else its first."""
+    if stack:
+        at = (lambda n, m, l: (l[0], 0, n)) if along else (lambda n, m, l: (l[0], n, 0))
+        return pl.BlockSpec((None, *block), at)
+    return pl.BlockSpec(block, (lambda n, m: (0, n)) if along else (lambda n, m: (n, 0)))
 
 
-def _diagonal(x_ref, t_ref, w_ref, s_ref, o_ref, *, group: int, rows: int, layout: str) -> None:  # type: ignore[no-untyped-def]
-    """A product for each DEPTH elements, all their groups at once (layout kn)."""
-    many, total = DEPTH // group, None
-    for d in range(x_ref.shape[1] // DEPTH):
-        span = slice(d * DEPTH, (d + 1) * DEPTH)
-        p = _joined(_dot(x_ref[:, span], w_ref[span, :], layout), many * rows, group)
-        part = _scaled_blocks(p, s_ref[d * many : (d + 1) * many, :], rows)
-        total = part if total is None else total + part
-    assert total is not None
-    total = jnp.sum(total, axis=0, keepdims=True) if rows == 1 else total
-    o_ref[...] = total * t_ref[...]
+def _rows_of_groups(values: jax.Array, layout: str) -> jax.Array:
+    """[groups,N] (stacked: [L,groups,N]); half floats as int16 bits."""
+    values = values if layout == "kn" else jnp.swapaxes(values, -1, -2)
+    return lax.bitcast_convert_type(values, jnp.int16) if values.dtype == jnp.float16 else values
 
 
-def _scaled_blocks(p: jax.Array, scales: jax.Array, rows: int) -> jax.Array:
-    """Row blocks of p times their scales, and summed; one row's blocks are left to be summed at the end."""
-    if rows == 1:
-        return p * scales
-    return sum(p[j * rows : (j + 1) * rows] * scales[j : j + 1] for j in range(scales.shape[0]))  # type: ignore[return-value]
+def _scratch(form: Form, kinds: Sequence[str]) -> list[Any]:
+    """Digits and t, sums of digits, and decoded scales and zeros."""
+    own = [pltpu.VMEM((form.digit_rows, form.extent), jnp.int8), pltpu.VMEM((form.rows, 1), jnp.float32)]
+    sums = pltpu.VMEM((len(form.spans()), form.sums, LANES), jnp.float32)
+    decoded = [pltpu.VMEM((form.groups, form.columns), jnp.float32) for kind in kinds if kind != "float32"]
+    return own * form.inside + [sums] * (len(kinds) > 1) + decoded
+
+
+def _step(*refs: Any, form: Form, kinds: Sequence[str], zeros: bool, stack: bool) -> None:
+    """One step of the grid (columns, blocks of rows)."""
+    left = iter(refs[int(stack) :])
+    x_ref = next(left)
+    t_ref = None if form.inside else next(left)
+    w_ref, coded, o_ref = next(left), [next(left) for _ in kinds], next(left)
+    d_ref = next(left) if form.inside else x_ref
+    t_ref = next(left) if t_ref is None else t_ref
+    sums_ref = next(left) if zeros else None
+    if form.inside:
+        pl.when(pl.program_id(0) == 0)(lambda: steps.quantize(x_ref, d_ref, t_ref, sums_ref, form))
+    elif sums_ref is not None:
+        steps.sum_spans(d_ref, sums_ref, form)
+    plain = [_decoded(ref, kind, left) for ref, kind in zip(coded, kinds, strict=True)]
+    steps.multiply(d_ref, t_ref[...], w_ref, plain[0], plain[1] if zeros else None, sums_ref, o_ref, form)
+
+
+def _decoded(ref: Any, kind: str, scratch: Iterator[Any]) -> Any:
+    """A ref of f32: the block itself, or scratch that its values are written to."""
+    if kind == "float32":
+        return ref
+    held = next(scratch)
+    held[...] = steps.half(ref[...]) if kind == "int16" else ref[...].astype(jnp.float32)
+    return held
+
+
+def _name(form: Form, bits: int, width: int, rows: int, kinds: Sequence[str], stack: bool) -> str:
+    """Unique by what is compiled: the compiler's dumps are found by it."""
+    shape = [f"matmul_w{bits}a{8 * form.digits}", f"{form.extent}x{width}", f"g{form.group}", f"m{rows}"]
+    return "_".join([*shape, f"c{form.columns}", *kinds, *["stacked"] * stack, *["nk"] * (form.layout == "nk")])

@@ -146,11 +146,19 @@ def pack(w: QArray) -> Packed | QArray:
 
 def packed(params: Any) -> Any:
     """A tree of parameters with its quantized matrices packed, where programs use that."""
+    if jax.default_backend() == "tpu":
+        from effc.runtime.kernels.matmul import tpu  # Pallas takes half a second to import
+
+        return jax.tree.map(lambda x: tpu.prepared(x) if isinstance(x, QArray) else x, params, is_leaf=_is_coded)
     if not usable():
         return params
     leaves, tree = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, QArray))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return jax.tree.unflatten(tree, pool.map(lambda x: pack(x) if isinstance(x, QArray) else x, leaves))
+
+
+def _is_coded(x: Any) -> bool:
+    return isinstance(x, QArray)
 
 
 def _codes(w: QArray, extent: int, columns: int) -> jax.Array:

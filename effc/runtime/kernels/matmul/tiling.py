@@ -1,0 +1,80 @@
+"""Columns of a step of the TPU matmul, chosen by a model of its schedule, for a TPU generation and a shape.
+
+A step costs its fixed overhead and what the busiest unit has to do; the first tile's way from HBM is exposed.
+So tiles are as small as leaves a step within `slack` of HBM's time. The constants were fitted to schedules
+(`python -m effc.backend.tpu.cases v5e:2x2 --cycles` prints both); where no tile is within it, the fastest is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from effc.runtime.kernels.generations import GENERATIONS, Generation
+from effc.runtime.kernels.matmul.steps import Form
+
+VMEM = {"v4": 16 * 2**20, "v5e": 96 * 2**20, "v5p": 60 * 2**20, "v6e": 96 * 2**20, "tpu7x": 60 * 2**20}
+"""Bytes a kernel may use."""
+
+_FILLED = 0.6
+"""Of them, what blocks and scratch take; the compiler spills to the rest."""
+
+_PUSHES = 1024
+"""Products of DEPTH by DEPTH codes in a step: more is long to compile, and to fetch as instructions."""
+
+_LANES = 128
+_PUSHED, _CONVERTED = 4096, 11_000
+"""int8 codes a cycle that go into the matrix units, and int4 ones that are made int8."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """HBM bytes and cycles of a step, and what quantizing adds to the first."""
+
+    hbm_bytes: float
+    cycles: float
+    once: float
+
+
+def columns(form: Form, width: int, bits: int, sizes: Sequence[int], chip: str) -> int:
+    """Columns of a step; sizes: bytes of one scale and, where there are any, of one zero point."""
+    generation = GENERATIONS[chip]
+    step = max(generation.unit, _LANES)
+    fits = [n for n in range(step, width, step) if _allowed(replace(form, columns=n), bits, sizes, chip)]
+    whole = [width] * (not fits or _allowed(replace(form, columns=width), bits, sizes, chip))
+    return min(fits + whole, key=lambda n: seconds(replace(form, columns=n), width, bits, sizes, generation))
+
+
+def _allowed(form: Form, bits: int, sizes: Sequence[int], chip: str) -> bool:
+    pushes = len(form.spans()) * form.columns / _LANES * max(1, min(form.group, form.extent) / 128)
+    return pushes <= _PUSHES and vmem(form, bits, sizes) <= _FILLED * VMEM[chip]
+
+
+def seconds(form: Form, width: int, bits: int, sizes: Sequence[int], chip: Generation) -> float:
+    """Of a call: the first tile, a step after another at the slower of memory and schedule, the last schedule."""
+    tile = modelled(form, bits, sizes, chip)
+    hbm, count = tile.hbm_bytes / chip.bytes_a_cycle, -(-width // form.columns)
+    scheduled = (tile.cycles + tile.once / count) / chip.slack
+    return (hbm + (count - 1) * max(hbm, scheduled) + scheduled) / chip.hz
+
+
+def modelled(form: Form, bits: int, sizes: Sequence[int], chip: Generation) -> Tile:
+    """What the schedule of a step is expected to be."""
+    weights = form.extent * form.columns
+    pushed = weights / _PUSHED * (2 if form.layout == "nk" else 1)
+    multiplied = max(form.digit_rows, 32) * weights / chip.int8_macs
+    registers = -(-form.sums // 8) * len(form.spans()) * form.columns / _LANES
+    each = (5 if form.digits == 2 and not form.few else 3) + 2 * (len(sizes) > 1)
+    decoded = sum(10 for size in sizes if size < 4) * form.groups * form.columns / 1024
+    computed = (registers * each + decoded) / 4 + (weights / _CONVERTED if bits == 4 else 0)
+    quantized = form.extent * (form.rows + form.digit_rows) / 1024 * 1.3
+    return Tile(form.tile_bytes(bits, sizes), max(pushed, multiplied, computed) + chip.overhead, 60 + quantized)
+
+
+def vmem(form: Form, bits: int, sizes: Sequence[int]) -> int:
+    """Bytes of blocks, two of each, and of scratch."""
+    decoded = sum(4 * form.groups * form.columns for size in sizes if size < 4)
+    x = form.rows * form.extent * 4 if form.inside else form.digit_rows * form.extent
+    sums = 4 * len(form.spans()) * form.sums * _LANES * (len(sizes) > 1)
+    scratch = decoded + sums + form.inside * form.digit_rows * form.extent
+    return int(2 * (form.tile_bytes(bits, sizes) + x + 4 * form.rows * form.columns) + scratch)
