@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effc.runtime import speculate
+from effc.runtime import deferral, speculate
 from effc.runtime.cache import Cache, empty_cache
-from effc.runtime.drafting import Choice, Proposal, State, Widths, position_keys
+from effc.runtime.drafting import Choice, Proposal, State, Widths, alphas, position_keys
 from effc.runtime.sampling import Numbers
 
 BOUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -38,7 +38,8 @@ class Chain:
     """entry(params, tokens, [features,] cache, valid) -> (logits, [features,] cache).
 
     ids: name of the parameter with the target's number of each of its tokens, if it has fewer;
-    shared: how many cache entries are the target's own; features: whether it is a head.
+    shared: how many cache entries are the target's own; features: whether it is a head. rule: a cascade's, which
+    needs q of the token after the drafts too; alone: drafts as long as the rule keeps them, whatever pays.
     """
 
     entry: Callable[..., Any]
@@ -48,7 +49,14 @@ class Chain:
     ids: str = ""
     shared: int = 0
     features: bool = False
+    rule: str = ""
+    alone: bool = False
     draws = True
+
+    @property
+    def most(self) -> int:
+        """Tokens drawn at most: those sent, and in a cascade one more."""
+        return self.widths.most + bool(self.rule)
 
     @property
     def reads(self) -> int:
@@ -70,14 +78,15 @@ class Chain:
         self, params: Any, state: State, numbers: Numbers, choice: Choice, first: bool = False
     ) -> tuple[Proposal, State]:
         """Reads what is new, then drafts while the chance that all is right stays worth it."""
-        rows = ~state["done"] & (state["left"] > 1) & state["table"].active
-        size = PROMPT if first else self.reads
+        going = ~state["done"] & (state["left"] > 0)
+        pays = going & (state["left"] > 1) & (self.alone | state["table"].active)
+        rows, size = going if self.rule else pays, PROMPT if first else self.reads
         if self.context is not None:  # padding must not run past a table of positions
-            rows &= state["cache"].lengths + 1 + max(size, self.widths.most) <= self.context
+            rows &= state["cache"].lengths + 1 + max(size, self.most) <= self.context
         own = self._read(params, self._opened(state), state, rows, size)
         own["sure"] = own["cache"].lengths
         draft = _Draft(self, params, state, numbers, choice)
-        proposal, own = draft.run(own, rows)
+        proposal, own = draft.run(own, rows, pays & rows)
         return proposal, self._closed(state, own)
 
     def _opened(self, state: State) -> Own:
@@ -141,13 +150,15 @@ class _Draft:
     numbers: Numbers
     choice: Choice
 
-    def run(self, own: Own, rows: jax.Array) -> tuple[Proposal, Own]:
-        most, b = self.chain.widths.most, rows.shape[0]
-        nothing = jnp.zeros((b, most), jnp.int32)
-        q = None if self.choice.greedy else jnp.zeros_like(self.state["proposal"].q)
+    def run(self, own: Own, rows: jax.Array, on: jax.Array) -> tuple[Proposal, Own]:
+        """Drafts of the rows that are `on`; in a cascade q of the next token of all rows[b]."""
+        most, b, old = self.chain.most, rows.shape[0], self.state["proposal"]
+        nothing, beyond = jnp.zeros((b, most), jnp.int32), rows if self.chain.rule else None
+        q = None if self.choice.greedy else jnp.zeros_like(old.q)
+        mine = None if old.own is None else jnp.zeros_like(old.own)
         carry = {
-            "i": jnp.int32(0), "own": own, "reach": jnp.ones(b), "on": rows, "seen": self.state["seen"],
-            "proposal": Proposal(nothing, nothing, jnp.where(rows, 1, 0), nothing[:, 0], q),
+            "i": jnp.int32(0), "own": own, "reach": jnp.ones(b), "on": on, "seen": self.state["seen"],
+            "proposal": Proposal(nothing, nothing, jnp.where(on, 1, 0), nothing[:, 0], q, beyond, mine),
         }  # fmt: skip
         carry = self._drawn(carry)
 
@@ -172,14 +183,29 @@ class _Draft:
         level = _level(logits)
         chance = jnp.take_along_axis(self.state["table"].chances, level[:, None], axis=1)[:, 0]
         reach = carry["reach"] * chance
-        on = carry["on"] & (reach >= self.chain.floor)
+        own = None if proposal.own is None else self._own(logits, carry["seen"], proposal.own.shape[-1])
+        on = carry["on"] & (self._keeps(own, i) if self.chain.alone else reach >= self.chain.floor)
+        on &= i < self.chain.widths.most
         token, q, seen = self._token(logits, carry)
         proposal = Proposal(
             _put(proposal.tokens, token, i), _put(proposal.levels, level, i),
             jnp.maximum(proposal.there, jnp.where(on, i + 1, 0)), proposal.count + on,
-            None if q is None or proposal.q is None else _put(proposal.q, q, i),
+            None if q is None or proposal.q is None else _put(proposal.q, q, i), proposal.beyond,
+            None if own is None or proposal.own is None else _put(proposal.own, own, i),
         )  # fmt: skip
         return {**carry, "i": i + 1, "reach": reach, "on": on, "proposal": proposal, "seen": seen}
+
+    def _own(self, logits: jax.Array, seen: jax.Array | None, size: int) -> jax.Array:
+        """f32[b,size]: the drafter's own probabilities, or the largest of them."""
+        own = jax.nn.softmax(speculate.penalized(self._whole(logits), seen, self.numbers), axis=-1)
+        return own if size > 1 else own.max(axis=-1, keepdims=True)
+
+    def _keeps(self, own: jax.Array | None, i: jax.Array) -> jax.Array:
+        """bool[b]: whether the rule, which must not need p, keeps token i."""
+        assert own is not None
+        alpha = alphas(self.state, self.state["cache"].lengths + 1 + i, 1)[:, 0]
+        nothing = jnp.zeros_like(own)
+        return deferral.RULES[self.chain.rule](deferral.Own(nothing, own, nothing), alpha)[:, 0]
 
     def _token(self, logits: jax.Array, carry: dict[str, Any]) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """The token, the q it was drawn from, and the tokens seen with it."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effc.errors import EffcError, nearest
-from effc.runtime import chain, gain, lookup
+from effc.runtime import chain, deferral, gain, lookup
 from effc.runtime.cache import cache_shapes
 from effc.runtime.chain import PROMPT, Chain
 from effc.runtime.drafting import Choice, Drafter, Loop, Proposal, State, Widths, empty_tally, widths
@@ -24,6 +24,8 @@ SLOPE = 0.1
 
 COST = 0.1
 """Cost of a draft token, likewise."""
+
+ALWAYS = 2**31 - 1
 
 ROUND = 128
 """Histories hold a multiple of this many tokens, so that few shapes are compiled."""
@@ -38,6 +40,7 @@ class Speculation:
     widths: Widths
     prior: tuple[float, ...]
     verify: Callable[..., Any]
+    cascade: Cascade | None = None
 
     @property
     def features(self) -> bool:
@@ -47,7 +50,12 @@ class Speculation:
     def loop(self, choice: Choice, rows: int) -> Loop:
         """The loop to compile for this way of choosing and so many sequences."""
         sizes = self.widths.at(rows)
-        return Loop(self.verify, self._drafter(sizes), sizes, self.program.context, choice)
+        return Loop(self.verify, self._drafter(sizes), sizes, self.program.context, choice, self.rule)
+
+    @property
+    def rule(self) -> str:
+        """A cascade's; nothing where what is drawn is the target's own distribution."""
+        return self.cascade.rule if self.cascade else ""
 
     def _drafter(self, sizes: Widths) -> Drafter:
         """The drafter that goes by these costs."""
@@ -57,14 +65,15 @@ class Speculation:
 
     def begin(
         self, params: Any, state: State, prompts: Sequence[Sequence[int]], new: int, vocab: int,
-        features: jax.Array | None, *, greedy: bool,
+        features: jax.Array | None, choice: Choice,
     ) -> State:  # fmt: skip
         """The state after the first token, with what speculation keeps beside; up to `new` tokens a row in all.
 
         features [b,n,d] are those of the prompts.
         """
         check_rolls_back(state["cache"])
-        rows, most = len(prompts), self.widths.most
+        rows, greedy = len(prompts), choice.greedy
+        most = self.drafter.most if isinstance(self.drafter, Chain) else self.widths.most
         room = max(map(len, prompts)) + new + max(most + 2, PROMPT)
         room = -(-room // ROUND) * ROUND
         left, nothing = jnp.full(rows, new - 1, jnp.int32), jnp.zeros((rows, most), jnp.int32)
@@ -75,6 +84,11 @@ class Speculation:
             "tally": empty_tally(self.widths),
             "proposal": Proposal(nothing, nothing, left * 0, left * 0, drawn),
         }  # fmt: skip
+        if self.cascade:
+            size = deferral.wanted(self.rule, greedy, vocab)
+            mine = jnp.zeros((rows, most, size)) if size else None
+            own["proposal"] = replace(own["proposal"], beyond=jnp.zeros(rows, bool), own=mine)
+            own["cascade"] = self.cascade.begin(state["cache"].lengths, choice)
         if isinstance(self.drafter, Chain):
             own |= {"own": self.drafter.begin(params, rows, room, features), "vocab": jnp.zeros(vocab, bool)}
         if features is not None:
@@ -82,10 +96,45 @@ class Speculation:
         return {**state, **jax.tree.map(jnp.copy, own)}  # no array twice: they are donated
 
 
+@dataclass(frozen=True)
+class Cascade:
+    """A rule's alpha; certified: it holds for greedy text of up to so many tokens only, 0 where it was set by hand.
+
+    alone: the drafter goes on as long as the rule keeps what it says. asked: alpha, whatever is certified.
+    """
+
+    rule: str
+    alpha: float
+    certified: int = 0
+    alone: bool = False
+    asked: float | None = None
+
+    def begin(self, lengths: jax.Array, choice: Choice) -> State:
+        """What the loop reads: other text than what alpha is certified for is the target's own."""
+        by_hand = self.asked is not None or not self.certified
+        holds = by_hand or (choice.greedy and not choice.filters)
+        alpha = (self.alpha if self.asked is None else self.asked) if holds else deferral.LOSSLESS
+        until = ALWAYS if by_hand else self.certified
+        return {"alpha": jnp.float32(alpha), "begun": lengths, "until": jnp.int32(until)}
+
+
+def _cascade(asked: Mapping[str, Any]) -> Cascade | None:
+    """What `DECODE` says of one."""
+    rule = str(asked.get("rule", ""))
+    if not rule:
+        return None
+    if rule not in deferral.RULES:
+        raise EffcError(f"decode: no rule '{rule}', want {' or '.join(deferral.RULES)}{nearest(rule, deferral.RULES)}")
+    certified = int(asked.get("tokens", 0)) if "delta" in asked else 0
+    return Cascade(rule, float(asked["alpha"]), certified, asked.get("strategy") == "cascade")
+
+
 def speculation_of(program: Program, params: Any) -> Speculation | None:
     """What `DECODE` says; None where decoding is plain."""
     asked = program.decode
-    if asked.get("strategy") != "speculative" or asked.get("gamma") == 0:  # 0: it was measured not to pay
+    if asked.get("strategy") not in ("speculative", "cascade") or asked.get("level") == "sequence":
+        return None
+    if asked.get("gamma") == 0:  # it was measured not to pay
         return None
     kind = str(asked.get("kind"))
     if kind not in KINDS:
@@ -94,6 +143,8 @@ def speculation_of(program: Program, params: Any) -> Speculation | None:
 
 
 def _lookup(program: Program, params: Any, asked: Mapping[str, Any]) -> Speculation:
+    if asked.get("rule"):
+        raise EffcError("decode: kind=lookup has no distribution for a rule to weigh, want a drafter that draws")
     sizes = _widths(asked)
     prior = tuple(asked.get("acceptance", lookup.PRIOR))
     return Speculation(program, Lookup(sizes), sizes, prior, program.extend)
@@ -105,12 +156,14 @@ def _chain(program: Program, params: Any, asked: Mapping[str, Any]) -> Speculati
     entry = _entry(program, str(asked.get("drafter")))
     shared = _shared(program, entry, params) if asked.get("shared") else 0
     limits = [limit for limit in (program.context, asked.get("context")) if limit is not None]
+    cascade = _cascade(asked)
     drafter = Chain(
         entry, sizes, floor(sizes), min(limits, default=None),
         ids=str(asked.get("vocab", "")), shared=shared, features=verify is not None,
+        rule=cascade.rule if cascade else "", alone=cascade is not None and cascade.alone,
     )  # fmt: skip
     whole = _entry(program, str(verify)) if verify is not None else program.extend
-    return Speculation(program, drafter, sizes, tuple(asked.get("acceptance", chain.PRIOR)), whole)
+    return Speculation(program, drafter, sizes, tuple(asked.get("acceptance", chain.PRIOR)), whole, cascade)
 
 
 KINDS: Mapping[str, Callable[[Program, Any, Mapping[str, Any]], Speculation]] = {

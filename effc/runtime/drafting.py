@@ -16,14 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effc.runtime import gain, speculate
+from effc.runtime import deferral, gain, speculate
 from effc.runtime.sampling import Numbers, row_keys
 from effc.runtime.speculate import NONE, Emission, Verdict
 
 State = dict[str, Any]
-
-Mix = Callable[[jax.Array, jax.Array], jax.Array]
-"""(p, q), each f32[b,n,V] -> the distribution to draw from instead of p."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,8 @@ class Choice:
 class Proposal:
     """tokens, levels i32[b,G]; i32[b]: there, how many there are, of these count are worth sending.
 
-    q f32[b,G,V] where tokens were drawn from it.
+    q f32[b,G,V] where tokens were drawn from it. In a cascade a row has one token more than `count` if `beyond`:
+    it is never sent, but the rule asks for its q; own f32[b,G,1 or V] are the drafter's own probabilities.
     """
 
     tokens: jax.Array
@@ -46,9 +44,11 @@ class Proposal:
     there: jax.Array
     count: jax.Array
     q: jax.Array | None = None
+    beyond: jax.Array | None = None
+    own: jax.Array | None = None
 
 
-jax.tree_util.register_dataclass(Proposal, ("tokens", "levels", "there", "count", "q"), ())
+jax.tree_util.register_dataclass(Proposal, ("tokens", "levels", "there", "count", "q", "beyond", "own"), ())
 
 
 class Drafter(Protocol):
@@ -121,14 +121,15 @@ def widths(
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("rounds", "calls", "made", "drafted", "accepted", "emitted"),
+    data_fields=("rounds", "calls", "made", "drafted", "accepted", "emitted", "deferred"),
     meta_fields=(),
 )
 @dataclass(frozen=True)
 class Tally:
     """rounds i32[widths]; calls, rows that took part; made, draft tokens sent or not; emitted: i32[].
 
-    drafted, accepted i32[G]: those sent, by position.
+    drafted, accepted i32[G]: those sent, by position. deferred f32[]: of the tokens emitted those that a cascade's
+    rule left to the target, by the drafter's probability of what it defers.
     """
 
     rounds: jax.Array
@@ -137,24 +138,28 @@ class Tally:
     drafted: jax.Array
     accepted: jax.Array
     emitted: jax.Array
+    deferred: jax.Array
 
 
 def empty_tally(widths: Widths) -> Tally:
     """Nothing yet."""
     zero, each = jnp.int32(0), jnp.zeros(widths.most, jnp.int32)
-    return Tally(jnp.zeros(len(widths.sizes), jnp.int32), zero, zero, each, each, zero)
+    return Tally(jnp.zeros(len(widths.sizes), jnp.int32), zero, zero, each, each, zero, jnp.float32(0))
 
 
 @dataclass(frozen=True)
 class Loop:
-    """What is compiled in: verify(params, tokens, cache) -> (logits, *others, cache), and how drafts are made."""
+    """What is compiled in: verify(params, tokens, cache) -> (logits, *others, cache), and how drafts are made.
+
+    rule: a cascade's, by name; without one what is drawn is the target's own distribution.
+    """
 
     verify: Callable[..., Any]
     drafter: Drafter
     widths: Widths
     context: int | None
     choice: Choice
-    mix: Mix | None = None
+    rule: str = ""
 
     def __call__(
         self, params: Any, state: State, numbers: Numbers, stops: jax.Array, *, chunk: int
@@ -195,7 +200,7 @@ class Loop:
         tokens = jnp.concatenate([state["token"][:, None], drafts], axis=1)
         before = cache.lengths
         logits, *others, cache = self.verify(params, tokens, cache)
-        verdict = self._judge(logits, drafts, count, state, numbers, before)
+        verdict, deferred = self._judge(logits, drafts, count, state, numbers, before)
         given = speculate.emission(verdict, drafts, stops, jnp.where(active, state["left"], 0))
         shown = jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at,)))(out, given.shown(), filled)
         seen = speculate.seen_after(state["seen"], jnp.where(given.tokens >= 0, given.tokens, 0))
@@ -208,7 +213,7 @@ class Loop:
             "history": _written(state["history"], given.tokens, before + 1),
             "seen": None if seen is None else _row_at(seen, given.count),
             "table": self._learned(state, drafts, count, verdict, given, active),
-            "tally": self._tallied(state, size, count, verdict, given, active),
+            "tally": self._tallied(state, size, count, verdict, given, active, deferred),
             **_features(state, others, before),
         }
         return self._proposed(params, state, numbers), shown, filled + given.count
@@ -216,20 +221,51 @@ class Loop:
     def _judge(
         self, logits: jax.Array, drafts: jax.Array, count: jax.Array, state: State, numbers: Numbers,
         before: jax.Array,
-    ) -> Verdict:  # fmt: skip
-        size = drafts.shape[1]
+    ) -> tuple[Verdict, jax.Array | None]:  # fmt: skip
+        """What stands, and in a cascade how much of each position, f32[b,G+1], was left to the target."""
+        size, deferred = drafts.shape[1], None
         keys = position_keys(state, before + 1, size + 1)
         seen = speculate.seen_after(state["seen"], drafts)
         greedy, filters = self.choice.greedy, self.choice.filters
         if greedy or not self.drafter.draws:
             chosen = speculate.chosen_at(logits, seen, keys, numbers, greedy=greedy, filters=filters)
-            return speculate.agreed(chosen, drafts, count)
+            if self.rule:
+                chosen, deferred = self._kept(logits, seen, chosen, state, numbers, before)
+            return speculate.agreed(chosen, drafts, count), deferred
         p = speculate.probabilities(speculate.penalized(logits, seen, numbers), numbers, filters)
-        q = state["proposal"].q[:, :size]
-        if self.mix is not None and size:
-            # The token after the last draft has no q of its own: there the target speaks alone.
-            p = jnp.concatenate([self.mix(p[:, :-1], q), p[:, -1:]], axis=1)
-        return speculate.reviewed(p, q, drafts, count, keys)
+        if self.rule:
+            p, deferred = self._mixed(logits, seen, p, state, numbers, before)
+        return speculate.reviewed(p, state["proposal"].q[:, :size], drafts, count, keys), deferred
+
+    def _kept(
+        self, logits: jax.Array, seen: jax.Array | None, chosen: jax.Array, state: State, numbers: Numbers,
+        before: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+        """Of chosen i32[b,n], the likeliest tokens, those replaced by the drafter's that the rule keeps."""
+        n, proposal = chosen.shape[1], state["proposal"]
+        drafts, alpha = proposal.tokens[:, :n], alphas(state, before + 1, n)
+        own = self._own(logits, seen, state, numbers, (drafts != chosen).astype(jnp.float32)[:, :, None])
+        kept = deferral.stands(self.rule, alpha, own, drafts) & _has_q(proposal, n)
+        return jnp.where(kept, drafts, chosen), 1 - kept.astype(jnp.float32)
+
+    def _mixed(
+        self, logits: jax.Array, seen: jax.Array | None, p: jax.Array, state: State, numbers: Numbers,
+        before: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+        """What the cascade makes of p f32[b,n,V]: every position has its own q, the one after the drafts too."""
+        n, proposal = p.shape[1], state["proposal"]
+        q, there = proposal.q[:, :n], _has_q(proposal, n)
+        own = self._own(logits, seen, state, numbers, deferral.variation(p, q))
+        mixed, deferred = deferral.mixed(self.rule, alphas(state, before + 1, n), p, q, own)
+        return jnp.where(there[:, :, None], mixed, p), jnp.where(there, deferred, 1)
+
+    def _own(
+        self, logits: jax.Array, seen: jax.Array | None, state: State, numbers: Numbers, tv: jax.Array
+    ) -> deferral.Own:
+        """Own probabilities are those before temperature and filters; a penalty on repetition is the model's."""
+        p = jax.nn.softmax(speculate.penalized(logits, seen, numbers).astype(jnp.float32), axis=-1)
+        own = state["proposal"].own
+        return deferral.Own(p, None if own is None else own[:, : p.shape[1]], tv)
 
     def _learned(
         self, state: State, drafts: jax.Array, count: jax.Array, verdict: Verdict, given: Emission,
@@ -243,20 +279,25 @@ class Loop:
             known = (index <= verdict.accepted[:, None]) & (index < count[:, None])
         else:
             tokens = jnp.pad(given.tokens, ((0, 0), (0, most)), constant_values=NONE)[:, :most]
-            right = tokens == proposal.tokens
+            right = tokens == proposal.tokens[:, :most]
             before = jnp.pad(jnp.cumprod(right, axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=1)
             known = (before > 0) & (index < jnp.minimum(given.count, verdict.accepted + 1)[:, None])
         known &= active[:, None] & (index < proposal.there[:, None])
-        table = gain.learned(table, proposal.levels, right, known)
+        table = gain.learned(table, proposal.levels[:, :most], right, known)
         made = self.widths.draft * proposal.there
         cost = jnp.asarray(self.widths.costs, jnp.float32)[count] + made
         return gain.rested(table, given.count, cost, (count > 0) | (made > 0), active)
 
     def _tallied(
-        self, state: State, size: int, count: jax.Array, verdict: Verdict, given: Emission, active: jax.Array
-    ) -> Tally:
-        tally, made = state["tally"], jnp.where(active, state["proposal"].there, 0).sum()
-        index = jnp.arange(self.widths.most)[None, :]
+        self, state: State, size: int, count: jax.Array, verdict: Verdict, given: Emission, active: jax.Array,
+        deferred: jax.Array | None,
+    ) -> Tally:  # fmt: skip
+        tally, proposal = state["tally"], state["proposal"]
+        draws = proposal.there if proposal.beyond is None else proposal.count + proposal.beyond
+        made, index = jnp.where(active, draws, 0).sum(), jnp.arange(self.widths.most)[None, :]
+        left = jnp.float32(0)
+        if deferred is not None:
+            left = jnp.where(jnp.arange(size + 1)[None, :] < given.count[:, None], deferred, 0).sum()
         return Tally(
             tally.rounds.at[self.widths.sizes.index(size)].add(1),
             tally.calls + active.sum(),
@@ -264,6 +305,7 @@ class Loop:
             tally.drafted + ((index < count[:, None]) & active[:, None]).sum(axis=0),
             tally.accepted + (index < jnp.minimum(verdict.accepted, given.count)[:, None]).sum(axis=0),
             tally.emitted + given.count.sum(),
+            tally.deferred + left,
         )
 
     def _proposed(self, params: Any, state: State, numbers: Numbers, first: bool = False) -> State:
@@ -275,6 +317,19 @@ def position_keys(state: State, first: jax.Array, count: int) -> jax.Array:
     """key[b,count]: of positions first[b] and on, whatever the other rows are."""
     at = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
     return jax.vmap(row_keys, (None, None, 1), 1)(state["seed"], state["row"], at)
+
+
+def alphas(state: State, first: jax.Array, count: int) -> jax.Array:
+    """f32[b,count,1]: a cascade's alpha at positions first[b] and on; past what it is certified for none is kept."""
+    own, at = state["cascade"], first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
+    within = at - own["begun"][:, None] < own["until"]
+    return jnp.where(within, own["alpha"], deferral.LOSSLESS)[:, :, None]
+
+
+def _has_q(proposal: Proposal, count: int) -> jax.Array:
+    """bool[b,count]: positions that the drafter has a distribution for."""
+    assert proposal.beyond is not None
+    return jnp.arange(count)[None, :] < (proposal.count + proposal.beyond)[:, None]
 
 
 def _wanted(state: State) -> jax.Array:

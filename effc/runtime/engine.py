@@ -133,7 +133,7 @@ class Engine:
         if self.speculation is None:
             plain = how.greedy and not how.filters
             return self.exits.begin(state, new, how.exits, plain) if self.exits else state
-        state = self.speculation.begin(self.params, state, prompts, new, vocab, features, greedy=how.greedy)
+        state = self.speculation.begin(self.params, state, prompts, new, vocab, features, how.choice)
         args = (self.params, state, how.numbers)
         call = self.speculation.loop(how.choice, len(prompts)).first
         return self._ready(("first", how.choice), call, 1, *args)(*args)

@@ -37,6 +37,8 @@ class Drafted:
     rounds: dict[int, int]  # by width, the drafts that the call verified; 0 is a plain step
     draft_seconds: float  # the decoding time shared out by what drafts and calls cost when they were measured
     verify_seconds: float
+    draft_calls: int = 0  # forwards of what drafts, a row each; 0 for drafts that are copied
+    deferral: float | None = None  # in a cascade the share of tokens that its rule left to the target
 
     @property
     def tokens_per_call(self) -> float:
@@ -70,17 +72,23 @@ class Drafted:
             + (f" (by position {shares})" if shares else "")
             + f"; {self.tokens_per_call:.2f} tokens a target call; "
             f"drafting {self.draft_seconds:.2f} s, verifying {self.verify_seconds:.2f} s"
+            + ("" if self.deferral is None else f"; {self.deferral:.1%} deferred, {self._forwards()}")
         )
 
+    def _forwards(self) -> str:
+        return f"{self.calls} forwards of the large model, {self.draft_calls} of the small one"
 
-def counted(tally: Tally, widths: Widths, seconds: float) -> Drafted:
+
+def counted(tally: Tally, widths: Widths, seconds: float, cascade: bool = False) -> Drafted:
     """The counts of a loop as numbers; seconds it took in all."""
     drafted, accepted = (tuple(map(int, np.asarray(x))) for x in (tally.drafted, tally.accepted))
     rounds = dict(zip(widths.sizes, map(int, np.asarray(tally.rounds)), strict=True))
     verify, draft = sum(widths.costs[n] * count for n, count in rounds.items()), widths.draft * int(tally.made)
     each = seconds / ((verify + draft) or 1)
     counts = int(tally.calls), sum(drafted), sum(accepted), int(tally.emitted)
-    return Drafted(*counts, drafted, accepted, rounds, draft * each, verify * each)
+    deferral = float(tally.deferred) / max(1, int(tally.emitted)) if cascade else None
+    made = int(tally.made) if widths.draft or cascade else 0
+    return Drafted(*counts, drafted, accepted, rounds, draft * each, verify * each, made, deferral)
 
 
 def _shares(table: Table) -> tuple[float, ...]:
@@ -290,7 +298,8 @@ class _Run:
         tally = self.state.get("tally")
         if tally is not None and self.engine.speculation:
             widths = self.engine.speculation.widths.at(len(self.lengths))
-            self.result.stats.draft = counted(tally, widths, self.result.stats.decode_seconds)
+            cascade, seconds = bool(self.engine.speculation.rule), self.result.stats.decode_seconds
+            self.result.stats.draft = counted(tally, widths, seconds, cascade)
             self.result.stats.levels = _shares(self.state["table"])
 
 
