@@ -59,7 +59,7 @@ def top(
     columns: int = 0, interpret: bool = False,
 ) -> Top:  # fmt: skip
     """As the reference; columns of a step, whole lanes, 0: chosen."""
-    product = (_coded if isinstance(head, QArray) else _plain)(x, head, layout, columns)
+    product = _coded(x, head, layout, columns) if isinstance(head, QArray) else _plain(x, head, layout, columns)
     form, width = product.form, width or _width(head, layout)
     count = pl.cdiv(width, form.columns)
     name = f"vocabulary_{_sort(head)}_{layout}_{form.extent}x{width}_m{x.shape[0]}_c{form.columns}"
@@ -203,9 +203,11 @@ def _step(*refs: Any, product: _Product, softcap: float, width: int, count: int)
     at, columns = pl.program_id(0), product.form.columns
     pl.when(at == 0)(lambda: _nothing(state))
     product.multiply(given, scratch, logits)
+    if softcap:  # before columns are hidden: the cap would lift them
+        logits[...] = softcap * jnp.tanh(logits[...] / softcap)
     if width % columns:
         pl.when(at == count - 1)(lambda: _hide(logits, width % columns))
-    _see(logits, at * (columns // LANES), state, softcap)
+    _see(logits, at * (columns // LANES), state)
     pl.when(at == count - 1)(lambda: _merge(state, out))
 
 
@@ -224,13 +226,12 @@ def _nothing(state: Sequence[Any]) -> None:
     total[...] = jnp.zeros_like(total[...])
 
 
-def _see(logits: Any, first: jax.Array, state: Sequence[Any], softcap: float) -> None:
+def _see(logits: Any, first: jax.Array, state: Sequence[Any]) -> None:
     """A tile's logits, a register's width after another; `first` counts these over the whole vocabulary."""
     best, place, second, other, total = (ref[...] for ref in state)
     before, chunks = best, []
     for c in range(logits.shape[1] // LANES):
         x = logits[:, c * LANES : (c + 1) * LANES]
-        x = softcap * jnp.tanh(x / softcap) if softcap else x
         chunks.append(x)
         larger, next_ = x > best, x > second
         other = jnp.where(larger, place, jnp.where(next_, first + c, other))
