@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from effc.errors import EffcError
 from effc.programs.distributions import Distribution
 
 
@@ -75,7 +77,9 @@ def observe(dist: Distribution, value: Any, name: str | None = None) -> Sample:
 
 def factor(score: float, name: str | None = None) -> Factor:
     """`yield factor(-1.5)`: weighs the trace by a log weight."""
-    return Factor(score, name)
+    if math.isnan(score):
+        raise EffcError(f"factor{f' {name}' if name else ''}: the score is nan, want a log weight")
+    return Factor(float(score) + 0.0, name)  # no negative zero
 
 
 def reject(reason: str = "", name: str | None = None) -> Reject:

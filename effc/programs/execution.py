@@ -150,7 +150,7 @@ class Execution:
             case Sample(dist):
                 return (yield from self._sampled(site, dist))
             case Factor(score):
-                return Record(site.name, "factor", score, float(score))
+                return Record(site.name, "factor", score, score)
             case Log(value):
                 return Record(site.name, "log", value)
             case Param(_, init):

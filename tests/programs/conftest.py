@@ -44,7 +44,7 @@ def tokenizer_files() -> TokenizerFiles:
 def opened() -> Opened:
     """Two hundred positions, three layers, random weights."""
     module = parse(TINY.read_text())
-    return Opened(Path("tiny"), module, random_store(module), tokenizer_files())
+    return Opened(Path("tiny"), module, {**random_store(module)}, tokenizer_files())
 
 
 @pytest.fixture(scope="session")

@@ -310,6 +310,8 @@ def test_mistakes_in_programs_are_told() -> None:
         inner()
     with pytest.raises(EffcError, match="no effect 'cion', want one of 2; did you mean 'coin'"):
         handlers.trace(inner(0.5))["cion"]
+    with pytest.raises(EffcError, match="factor odd: the score is nan, want a log weight"):
+        factor(math.nan, "odd")
     with pytest.raises(EffcError, match="forward: n is 0, want at least 1"):
         forward(inner(0.5), 0)
 
