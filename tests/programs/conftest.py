@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,8 @@ def tokenizer_files() -> TokenizerFiles:
 def opened() -> Opened:
     """Two hundred positions, three layers, random weights."""
     module = parse(TINY.read_text())
-    return Opened(Path("tiny"), module, {**random_store(module)}, tokenizer_files())
+    store: Any = random_store(module)
+    return Opened(Path("tiny"), module, store, tokenizer_files())
 
 
 @pytest.fixture(scope="session")
