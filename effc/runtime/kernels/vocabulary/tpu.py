@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effc.runtime.kernels import on_tpu
+from effc.runtime.kernels.generations import GENERATIONS
 from effc.runtime.kernels.matmul import steps, tiling
 from effc.runtime.kernels.matmul.steps import Form
 from effc.runtime.kernels.vocabulary.reference import Top
@@ -152,7 +153,8 @@ def _multiply_plain(inputs: Sequence[Any], scratch: Sequence[Any], logits: Any, 
 
 def _coded(x: jax.Array, head: QArray, layout: str, columns: int) -> _Product:
     rows, extent = x.shape
-    form = Form(_rounded(rows), extent, 0, min(head.group or extent, extent), 2, layout)
+    group, strip = min(head.group or extent, extent), GENERATIONS[on_tpu.generation()].unit
+    form = Form(_rounded(rows), extent, 0, group, 2, layout, strip)
     bits = 4 if head.codes.dtype == jnp.int4 else 8
     values = [v for v in (head.scales, head.zeros) if v is not None]
     sizes = [v.dtype.itemsize for v in values]
