@@ -1,13 +1,13 @@
 """Language-model programs (arXiv 2207.10342): generator functions over local artifacts, and inference over them.
 
-    from effc.programs import LM, likelihood_weighting, observe, program, sample
+    from effc.programs import LM, forward, program, sample
 
     @program
     def answer(lm, question):
         thought = yield sample(lm(question, stop="\\n"), "thought")
         return (yield sample(lm(f"{question}{thought}\\n", stop="\\n"), "answer"))
 
-    forward(answer(LM("out"), "# ..."), n=16).mode()
+    forward(answer(LM("out"), "import"), n=16).mode()
 
 Nothing else of effc imports this; `import effc` does not either. docs/programs.md tells the rest.
 """

@@ -62,6 +62,8 @@ class LM:
     def __init__(self, model: str | Path | Generator | Model, *, rows: int | None = None, cache: Cache | None = None):
         if rows is not None and rows < 1:
             raise EffcError(f"LM: rows is {rows}, want at least 1")
+        if isinstance(model, Model) and (rows is not None or cache is not None):
+            raise EffcError("LM: rows or cache for a model that has its own, want one or the other")
         self.model = model if isinstance(model, Model) else _engine_model(model, rows, cache)
 
     def __call__(

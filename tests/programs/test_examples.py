@@ -6,6 +6,8 @@ import importlib
 import json
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,26 @@ def test_defer(bundled: LM, capsys: pytest.CaptureFixture[str]) -> None:
 def test_defer_between_an_optimised_model_and_its_original(capsys: pytest.CaptureFixture[str]) -> None:
     rows = example("defer")["main"]()
     assert rows[0][0] == 0 and rows[1][0] < rows[2][0]
+
+
+def blocks(page: str) -> list[str]:
+    """Python of a page that uses programs; out and the bundled checkpoint are the model given."""
+    text = (EXAMPLES.parent.parent / page).read_text()
+    found = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "effc.programs" in block]
+    return [re.sub(r'LM\("[^"]*"\)', "LM(model)", block) for block in found]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/programs.md"])
+def test_what_the_pages_show_runs(page: str, bundled: LM, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks(page)
+    exec(compile(code, page, "exec"), {"model": bundled.model})
+    assert capsys.readouterr().out
+
+
+def test_programs_are_imported_when_used() -> None:
+    line = "import effc, sys; assert not {'effc.programs', 'jax'} & set(sys.modules); print(effc.programs.LM)"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "effc.programs.lm.LM" in done.stdout, done.stderr
 
 
 def test_none_is_forgotten() -> None:
