@@ -107,7 +107,7 @@ def mixed(rule: str, alpha: jax.Array, p: jax.Array, q: jax.Array, own: Own) -> 
 
 def _lossy(alpha: jax.Array, p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What comes of accepting q's tokens with min(1, p / ((1 - alpha) q)), else drawing norm(max(0, p - q))."""
-    lenience = 1 - jnp.maximum(alpha, 0)
+    lenience = 1 - jnp.clip(alpha, 0, 1)  # at infinity 0 * inf would be no number
     kept = jnp.where(p >= lenience * q, q, p / jnp.where(lenience > 0, lenience, 1))
     rest = jnp.maximum(1 - kept.sum(axis=-1, keepdims=True), 0)
     return jnp.where(alpha <= 0, p, kept + rest * residual(p, q)), rest[..., 0]
