@@ -21,9 +21,9 @@ from effc.backend.to_python import emit
 from effc.backend.tpu.child import environment
 from effc.backend.tpu.estimate import Estimate, estimate
 from effc.backend.tpu.hardware import generation
-from effc.runtime.kernels.generations import Generation
 from effc.errors import EffcError
 from effc.ir.core import Module
+from effc.runtime.kernels.generations import Generation
 
 CALLS = {"decode": 1, "verify": 4, "prefill": 128}
 """Tokens a sequence in each program."""

@@ -141,7 +141,7 @@ def _inner_loops(code: Sequence[str], start: int, stop: int) -> list[tuple[int, 
 
 
 def _skipped(code: Sequence[str], start: int, stop: int) -> list[tuple[int, int]]:
-    """Bundles of bodies that run now and then; the longest skip is the pipeline's own stage if it is most of the loop."""
+    """Bundles of bodies that run now and then; the longest skip is the pipeline's own stage if it is most of it."""
     inside = [(at + _DELAY_SLOTS + 1, to) for at, to in _branches(code) if start <= at < to <= stop]
     longest = max(inside, key=lambda span: span[1] - span[0], default=(0, 0))
     own = longest if longest[1] - longest[0] > _PIPELINE * (stop - start) else None

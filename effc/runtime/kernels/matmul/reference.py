@@ -1,4 +1,4 @@
-"""What quantized products mean, in plain jnp: x @ ((codes - zeros) * scales), and what rounding x to digits leaves of it."""
+"""What quantized products mean, in plain jnp: x @ ((codes - zeros) * scales), and what rounding x to digits leaves."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def matmul(
     x: jax.Array, w: QArray, layer: jax.Array | None = None, *, layout: str = "kn", digits: int = 2,
     columns: int = 0, interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """f32[R,N] from x[R,K] and w[K,N] (layout nk: w[N,K]), or w[L,K,N] at i32[] `layer`; columns of a step, 0: chosen."""
+    """f32[R,N] from x[R,K] and w[K,N] (layout nk: w[N,K]), or w[L,K,N] at i32[] `layer`; columns a step, 0: chosen."""
     width = w.codes.shape[-1 if layout == "kn" else -2]
     form = _form(x, w, layout, digits)
     bits, chip = 4 if w.codes.dtype == jnp.int4 else 8, on_tpu.generation()
@@ -146,7 +146,7 @@ def digits(x: jax.Array, form: Form) -> tuple[jax.Array, jax.Array]:
 def _weight_spec(block: tuple[int, int], along: bool, stack: bool) -> Any:
     """A block of codes or scales; columns are its last axis where `along`, else its first."""
     if stack:
-        at = (lambda n, m, l: (l[0], 0, n)) if along else (lambda n, m, l: (l[0], n, 0))
+        at = (lambda n, m, layer: (layer[0], 0, n)) if along else (lambda n, m, layer: (layer[0], n, 0))
         return pl.BlockSpec((None, *block), at)
     return pl.BlockSpec(block, (lambda n, m: (0, n)) if along else (lambda n, m: (n, 0)))
 
