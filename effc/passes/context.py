@@ -27,7 +27,7 @@ from effc.runtime.program import Program
 from effc.runtime.qarray import QArray
 from effc.runtime.train.budget import Budget
 from effc.runtime.train.checkpoints import digest
-from effc.runtime.train.data import windows
+from effc.runtime.train.data import mixed, windows
 from effc.runtime.train.history import Fitted, Row
 from effc.runtime.train.judge import judge
 from effc.runtime.train.loop import Evaluate, fit
@@ -39,6 +39,9 @@ from effc.weights import Lazy, Store, parts, write_safetensors
 
 LOOKED_AT = 4096
 """Tokens of the evaluation text that are scored before, during and after training."""
+
+BESIDE, BESIDE_ROWS = 8, 32
+"""Samples of its own, so many times so many, that a model reads beside --calib: 64 k tokens in windows of 256."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,18 @@ class Context:
         if self.ids is not None:
             return windows(self.ids, length=length, rows=rows, seed=self.seed, head=self.head)
         return replace(self.own, length=length).batches(rows)
+
+    def batches_beside(self, rows: int) -> Batches:
+        """As `batches`; with --calib, the teacher's own samples among its windows, each text read equally often.
+
+        A short text is soon learned by heart: what a student gets from samples it can use on other texts too.
+        """
+        text = self.batches(rows)
+        if self.ids is None:
+            return text
+        own = replace(self.own, length=self.window, rows=BESIDE_ROWS, most=BESIDE)
+        made = BESIDE * BESIDE_ROWS * self.window
+        return mixed(text, own.batches(rows), made / (made + len(self.ids)), self.seed)
 
     def prompts(self, count: int, length: int) -> np.ndarray:
         """i32[count,length] to calibrate on: of --calib, without overlap as far as it goes, or own samples."""

@@ -74,7 +74,7 @@ def distill(model: Model, context: Context, mask: Any, title: str) -> Fitted:
     return context.fit(
         loss,
         {"student": model.params, "teacher": teacher.params},
-        context.batches(ROWS),
+        context.batches_beside(ROWS),
         Plan(context.budget, lr=LEARNING_RATE, seed=context.seed),
         trainable={"student": mask, "teacher": False},
         evaluate=lambda tree: look(tree["student"]),

@@ -38,5 +38,19 @@ def sequences(samples: np.ndarray, *, rows: int, seed: int = 0, mask: np.ndarray
     return batch
 
 
+def mixed(one: Batches, other: Batches, share: float, seed: int = 0) -> Batches:
+    """Batches of the one, each sequence replaced by the other's in its place with the probability `share`."""
+
+    def batch(step: int, params: Tree) -> Batch:
+        first = one(step, params)
+        taken = np.random.default_rng((seed, step, 2)).random(len(first["tokens"])) < share
+        if not taken.any():
+            return first
+        second = other(step, params)
+        return {name: np.where(taken[:, None], second[name], array) for name, array in first.items()}
+
+    return batch
+
+
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
