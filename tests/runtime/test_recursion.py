@@ -17,9 +17,9 @@ from effc.ir.parser import parse
 from effc.ir.stream import run
 from effc.passes import runner
 from effc.pipeline import Pipeline
-from effc.runtime.cache import Cache
+from effc.runtime.cache import Cache, Step
 from effc.runtime.engine import Engine
-from effc.runtime.recursion import Depth, mean_depth
+from effc.runtime.recursion import Depth, mean_depth, recurse
 from effc.runtime.weights import load_params
 from effc.weights import Lazy, Store, parts, write_safetensors
 
@@ -140,3 +140,32 @@ def test_memory_is_what_the_formula_says(tmp_path: Path) -> None:
     own = rows("mor{share=cycle,recursions=3,router=expert}")
     assert own / full == pytest.approx(4 / 6, abs=0.015)  # and 16 rows of slack and a spare one a depth
     assert rows("mor{share=cycle,recursions=3,router=expert,kv=shared}") / full == pytest.approx(1 / 3)
+
+
+X = jnp.asarray(np.random.default_rng(4).standard_normal((2, 16, 5)), jnp.float32)
+"""States [b,t,d]."""
+W = jnp.asarray(np.random.default_rng(6).standard_normal((5, 5)), jnp.float32)
+
+
+def moves(_depth: int, _step: object, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ W)
+
+
+def test_a_token_that_does_not_go_on_stays_as_it_is_bit_for_bit() -> None:
+    router = W[:1]
+    once = moves(0, None, X)
+    on = jax.nn.sigmoid(once @ router[0]) > 0.5
+    assert 0 < int(on.sum()) < on.size
+    found = recurse(Step(jnp.zeros((2, 16), jnp.int32)), moves, router, X, times=2, capacity=(1.0, 0.5))
+    np.testing.assert_array_equal(found[~on], once[~on])
+    np.testing.assert_allclose(found[on], moves(1, None, once)[on], rtol=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["delta", "paper"])
+def test_the_two_forms_of_the_gate_are_what_they_say_and_differ(gate: str) -> None:
+    router, alpha, step = jnp.ones((1, 5)), 0.5, Step(jnp.zeros((2, 16), jnp.int32))
+    found = recurse(step, moves, router, X, times=2, capacity=(1.0, 0.5), gate=gate, alpha=alpha)
+    once = moves(0, None, X)
+    g = alpha * jax.nn.sigmoid(once.sum(-1, keepdims=True))
+    moved = once + g * (moves(1, None, once) - (once if gate == "delta" else 0))
+    np.testing.assert_allclose(found, jnp.where(g > 0.25, moved, once), rtol=1e-5, atol=1e-6)
