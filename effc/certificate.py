@@ -42,9 +42,14 @@ def check(module: Module, store: Mapping[str, Lazy], where: str) -> None:
     told = module.decode.attrs.get(BOUND) if module.decode else None
     if told is not None and told != fingerprint(module, store):
         raise EffcError(
-            f"{where}: exits were calibrated for other weights or settings than these, so their guarantee is void; "
-            "want the artifact as effc optimize wrote it, or a new run of effc optimize"
+            f"{where}: {_what(module)} was calibrated for other weights or settings than these, "
+            "so the guarantee is void; want the artifact as effc optimize wrote it, or a new run of effc optimize"
         )
+
+
+def _what(module: Module) -> str:
+    """What the numbers are of."""
+    return "the threshold of exits" if module.decode and module.decode.strategy == "early" else "the cascade"
 
 
 def _bare(module: Module) -> Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 from effc.errors import nearest
@@ -9,9 +10,25 @@ from effc.ir.core import Attr, Func, Module, Ref
 from effc.ir.early import early_strategy_faults
 from effc.ir.types import Type
 
-STRATEGIES = ("greedy", "speculative", "early")
+STRATEGIES = ("greedy", "speculative", "early", "cascade")
 
 DRAFTERS = ("lookup", "model", "self", "head")
+
+RULES = ("chow", "diff", "opt", "tokenv1", "tokenv2", "tokenv3", "lossy")
+
+CONFIDENCES = ("mean", "min", "quantile")
+
+CERTIFIED: Mapping[str, str] = {
+    "tokens": "how many tokens of a text it is certified for",
+    "delta": "mean loss that is allowed",
+    "epsilon": "chance of the calibration that the mean loss is above delta",
+    "loss": "mean loss of the calibration prompts",
+    "n": "number of calibration prompts",
+    "measure": "textual: against the large model's text; risk: against references, less the large model's own",
+    "likeness": "of texts that the loss is 1 less of",
+    "bound": "sha256 of weights and settings that alpha or threshold was calibrated for",
+}
+"""Of a cascade whose alpha or threshold was certified."""
 
 SETTINGS: Mapping[str, str] = {
     "forward": "the function from tokens to logits",
@@ -30,8 +47,18 @@ SETTINGS: Mapping[str, str] = {
     "predicted": "speed-up that these numbers promise",
     "measured": "speed-up on the calibration prompts",
     "of": "hash of the program the numbers were measured on",
+    "rule": f"a cascade: what of the drafter is kept though the target would say other things: {', '.join(RULES)}",
+    "alpha": "how much of it",
+    **CERTIFIED,
 }
 """Of `decode speculative`, by name."""
+
+CASCADE: Mapping[str, str] = {
+    "level": "sequence: whole answers of the small model are kept or not; token: each of its tokens",
+    "confidence": f"of an answer, from its tokens' probabilities: {', '.join(CONFIDENCES)}",
+    "threshold": "confidence at which the small model's answer is kept; 1 never",
+}
+"""Of `decode cascade`, beside those of `decode speculative`."""
 
 
 def strategy_faults(module: Module) -> Iterator[str]:
@@ -42,15 +69,48 @@ def strategy_faults(module: Module) -> Iterator[str]:
     if decode.strategy not in STRATEGIES:
         yield f"no strategy '{decode.strategy}', want {' or '.join(STRATEGIES)}{nearest(decode.strategy, STRATEGIES)}"
     if decode.strategy == "speculative":
-        yield from _speculative(module, decode.attrs)
+        yield from _speculative(module, decode.attrs, SETTINGS)
+    if decode.strategy == "cascade":
+        yield from _cascade(module, decode.attrs)
     if decode.strategy == "early":
         yield from early_strategy_faults(module, decode.attrs)
 
 
-def _speculative(module: Module, attrs: Mapping[str, Attr | Ref]) -> Iterator[str]:
+def _cascade(module: Module, attrs: Mapping[str, Attr | Ref]) -> Iterator[str]:
+    level, confidence, threshold = attrs.get("level"), attrs.get("confidence", "mean"), attrs.get("threshold", 1)
+    if level not in ("sequence", "token"):
+        yield f"level={level}, want sequence or token"
+    if level == "token" and attrs.get("rule") != "chow":
+        yield f"level=token, rule={attrs.get('rule')}, want chow: it alone decides without the large model"
+    if level == "sequence" and "rule" in attrs:
+        yield "level=sequence has a threshold, want no rule"
+    if confidence not in CONFIDENCES:
+        yield f"confidence={confidence}, want {' or '.join(CONFIDENCES)}"
+    if not _number(threshold) or not 0 <= float(str(threshold)) <= 1:
+        yield f"threshold={threshold}, want 0 (always the small model's answer) to 1 (never)"
+    if attrs.get("kind") not in ("model", "self") and level == "sequence":
+        yield f"kind={attrs.get('kind')}, want model or self: the small model answers by itself"
+    yield from _speculative(module, {"gamma": 0, **attrs}, {**SETTINGS, **CASCADE})
+
+
+def _rule(attrs: Mapping[str, Attr | Ref]) -> Iterator[str]:
+    """A cascade's rule and its alpha."""
+    rule, alpha = attrs.get("rule"), attrs.get("alpha")
+    if "rule" in attrs and rule not in RULES:
+        yield f"rule={rule}, want {' or '.join(RULES)}{nearest(str(rule), RULES)}"
+    if ("rule" in attrs) != ("alpha" in attrs):
+        yield "rule and alpha go together"
+    if "alpha" in attrs and not _number(alpha):
+        yield f"alpha={alpha}, want a finite number (1e30 is as good as infinite)"
+    if "rule" in attrs and attrs.get("kind") == "lookup":
+        yield "kind=lookup has no distribution that a rule could weigh, want kind=model, self or head"
+
+
+def _speculative(module: Module, attrs: Mapping[str, Attr | Ref], settings: Mapping[str, str]) -> Iterator[str]:
     for name in attrs:
-        if name not in SETTINGS:
-            yield f"no setting '{name}'{nearest(name, SETTINGS)}"
+        if name not in settings:
+            yield f"no setting '{name}'{nearest(name, settings)}"
+    yield from _rule(attrs)
     kind, gamma = attrs.get("kind"), attrs.get("gamma")
     if kind not in DRAFTERS:
         yield f"kind={kind}, want {' or '.join(DRAFTERS)}"
@@ -96,8 +156,12 @@ def _numbers(value: Attr | Ref) -> bool:
     return isinstance(value, tuple) and all(isinstance(item, int | float) for item in value)
 
 
+def _number(value: Attr | Ref) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _types(types: Iterable[Type]) -> str:
     return ", ".join(map(str, types))
 
 
-__all__ = ["DRAFTERS", "SETTINGS", "STRATEGIES", "strategy_faults"]
+__all__ = ["CASCADE", "CONFIDENCES", "DRAFTERS", "RULES", "SETTINGS", "STRATEGIES", "strategy_faults"]

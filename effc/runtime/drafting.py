@@ -110,7 +110,8 @@ def widths(
     gamma: int, verify: Sequence[float], draft: float = 0.0, many: tuple[Sequence[float], float] | None = None
 ) -> Widths:
     """For drafts of up to gamma tokens; verify[k] is what a call on k+1 tokens costs, in calls on one."""
-    sizes = (0, gamma) if gamma < 4 else (0, (gamma + 1) // 2, gamma)
+    parts = (gamma,) if gamma < 4 else ((gamma + 1) // 2, gamma) if gamma < 9 else (gamma // 4, gamma // 2, gamma)
+    sizes = (0, *parts)
 
     def costs(curve: Sequence[float]) -> tuple[float, ...]:
         sent = (next(s for s in sizes if s >= n) for n in range(gamma + 1))

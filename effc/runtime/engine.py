@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effc.errors import EffcError, nearest
+from effc.runtime.answering import answers_of
 from effc.runtime.cache import Cache, cache_shapes, empty_cache, kept_as
 from effc.runtime.drafters import speculation_of
 from effc.runtime.drafting import Choice
@@ -81,11 +82,23 @@ class Engine:
         self.program, self.params, self.eos = program, packed(params), eos
         self.cache = cache or ("f16" if has_packed(self.params) else "f32")
         self.context, self.speculation = program.context, speculation_of(program, params)
-        self.exits = exits_of(program)
+        self.exits, self.answers = exits_of(program), answers_of(program)
         self.forward = jax.jit(regions(program.forward))
         self.compile_seconds = 0.0
         self._shapes: dict[int, Cache] = {}
         self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    @cached_property
+    def small(self) -> Engine:
+        """The model that answers first, where there is one; it shares the weights."""
+        assert self.answers is not None
+        return Engine(self.answers.program(self.program, self.params), self.params, self.eos, self.cache)
+
+    def spelled(self, tokens: jax.Array) -> jax.Array:
+        """f32[b,t-1]: log-probability of each of tokens[b,t] but the first after those before it."""
+        return self._ready("spelled", partial(_spelled, self.program.extend), (), self.params, tokens)(
+            self.params, tokens
+        )
 
     @property
     def spare(self) -> int:
@@ -154,7 +167,9 @@ class Engine:
         args = (self.params, state, how.numbers, how.stops, jnp.int32(limit))
         return self._ready(("decode", *options.values()), call, 1, *args)(*args)
 
-    def _ready(self, what: Any, call: Callable[..., Any], donate: int, *args: Any) -> Callable[..., Any]:
+    def _ready(
+        self, what: Any, call: Callable[..., Any], donate: int | tuple[int, ...], *args: Any
+    ) -> Callable[..., Any]:
         """`call` compiled for arguments like these; time spent is counted apart."""
         leaves, tree = jax.tree.flatten(args[1:] if args[0] is self.params else args)
         key = (what, tuple((x.shape, x.dtype) for x in leaves), tree)
@@ -173,6 +188,11 @@ def _read(
     index = jnp.maximum(valid - 1, 0)[:, None, None]
     last = jnp.take_along_axis(logits, index, axis=1)
     return last, features, rolled_back(after, cache.lengths + valid)
+
+
+def _spelled(extend: Callable[..., Any], params: Any, tokens: jax.Array) -> jax.Array:
+    logs = jax.nn.log_softmax(extend(params, tokens)[0][:, :-1].astype(jnp.float32), axis=-1)
+    return jnp.take_along_axis(logs, tokens[:, 1:, None], axis=-1)[:, :, 0]
 
 
 def _choose(

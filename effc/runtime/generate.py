@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from effc.errors import EffcError
+from effc.runtime import answering
+from effc.runtime.answering import Answered
 from effc.runtime.cache import Cache
 from effc.runtime.drafting import Tally, Widths
 from effc.runtime.engine import DONE, Engine, How, State, check_length, pieces
@@ -110,6 +112,7 @@ class Stats:
     draft: Drafted | None = None  # where the program has a drafter
     exits: Left | None = None  # where tokens left early
     levels: tuple[float, ...] | None = None  # how often drafts of each level were right
+    answers: Answered | None = None  # where a small model answered first
 
     @property
     def prefill_rate(self) -> float:
@@ -174,6 +177,14 @@ def stream(engine: Engine, request: Request, result: Result) -> Iterator[list[li
 
     Tokens that may begin a stop string are held back until that is decided.
     """
+    if engine.answers is not None:
+        yield from answering.stream(engine, request, result, _stream)
+    else:
+        yield from _stream(engine, request, result)
+
+
+def _stream(engine: Engine, request: Request, result: Result) -> Iterator[list[list[int]]]:
+    """By this engine's model alone."""
     run = _Run(engine, request, result)
     yield run.take(run.prefill())
     while not run.finished():
