@@ -184,6 +184,7 @@ def _fake_quant(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> t
     _axes("x", inputs[0])
     _want(isinstance(bits, int) and 2 <= bits <= 8, f"bits={bits}, want 2 to 8")
     _want(scale is None or scale.shape == (1,), f"scale is {scale}, want shape [1]")
+    _want(scale is None or op.attrs.get("of", "value") == "value", "a gradient has no scale given, want none")
     return (inputs[0],)
 
 
@@ -239,8 +240,9 @@ _ROWS = [
          "sinks[h] are one score more a head, of which nothing is read; "
          "cache: k and v are seen as rounded to that many bits, each row by its own scale, and kept so",
          "bias?"),
-    _row("fake_quant", "x", "scale?", "bits:int=8", _fake_quant, _L,
-         "x rounded to codes of so many bits times a scale: scale[1], or for each row of the last axis its own"),
+    _row("fake_quant", "x", "scale?", "bits:int=8 of:value|gradient=value", _fake_quant, _L,
+         "x rounded to codes of so many bits times a scale: scale[1], or for each row of the last axis its own; "
+         "of=gradient: x as it is, and its gradient rounded so in training, up or down at random by nearness"),
     _row("silu", "x", "", "", _same, _L, "x * sigmoid(x)"),
     _row("gelu", "x", "", "approx:tanh|erf=tanh", _same, _L, "Gaussian error linear unit"),
     _row("softcap", "x", "", "cap:float", _same, _L, "cap * tanh(x / cap)"),

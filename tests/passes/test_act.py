@@ -39,6 +39,16 @@ def test_gradients_pass_through() -> None:
     np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(fake_quant(x, bits=8)))(X), jnp.ones_like(X))
 
 
+def test_gradients_are_rounded_without_moving_their_mean() -> None:
+    wanted = jnp.tile(X[:1, :1], (4000, 1, 1))
+    found = jax.vjp(lambda x: fake_quant(x, bits=3, of="gradient"), wanted)[1](wanted)[0]
+    steps = jnp.max(jnp.abs(wanted), -1, keepdims=True) / 3.5
+    assert bool(jnp.all(jnp.abs(found - wanted) <= 1.0001 * steps))
+    inside = jnp.abs(wanted[0]) < 3 * steps[0]
+    np.testing.assert_allclose(jnp.where(inside, found.mean(0) - wanted[0], 0), 0, atol=0.04 * float(steps[0].max()))
+    assert bool(jnp.all(fake_quant(wanted, bits=3, of="gradient") == wanted))
+
+
 def test_every_value_that_linears_read_is_rounded_once(tiny, random_store) -> None:
     (step,) = runner.run(tiny, Pipeline.parse("act8").ordered())
     assert parse(dump(step.after)) == step.after

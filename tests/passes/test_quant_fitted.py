@@ -175,16 +175,31 @@ def _outliers() -> tuple[Seen, np.ndarray]:
     return seen, RNG.standard_normal((64, 32)).astype(np.float32)
 
 
-def test_awq_beats_rounding_where_channels_differ_and_is_none_where_they_do_not() -> None:
+def _left(seen: Seen, w: np.ndarray, quant: Quant, scale: np.ndarray) -> float:
+    """Squared change of outputs where w is coded times a scale."""
+    s = scale.astype(np.float32)[:, None]
+    importance = np.diagonal(seen.square) / np.square(s[:, 0])
+    return output_error(rounded(w * s, quant, "mse", importance) / s - w, seen.square)
+
+
+def test_awq_beats_rounding_where_channels_differ_and_never_loses() -> None:
     quant, index = Quant(3, 32), np.arange(64)
     seen, w = _outliers()
     scale, exponent = awq(seen, [(w, lambda w, importance: rounded(w, quant, "mse", importance))], index)
-    s = scale.astype(np.float32)[:, None]
-    ours = output_error(rounded(w * s, quant, "mse") / s - w, seen.square)
     assert exponent > 0
-    assert ours < 0.7 * output_error(rounded(w, quant, "mse") - w, seen.square)
-    even = replace(seen, mean=np.ones(64, np.float32))
-    assert awq(even, [(w, lambda w, importance: rounded(w, quant, "mse", importance))], index)[1] == 0
+    assert _left(seen, w, quant, scale) < 0.7 * output_error(rounded(w, quant, "mse") - w, seen.square)
+    even = Seen(1, np.eye(64, dtype=np.float32), np.ones(64, np.float32), np.ones(64, np.float32))
+    scale, _ = awq(even, [(w, lambda w, importance: rounded(w, quant, "mse", importance))], index)
+    assert _left(even, w, quant, scale) <= _left(even, w, quant, np.ones(64))
+
+
+def test_a_small_matrix_counts_as_much_as_a_large_one_beside_it() -> None:
+    quant, index = Quant(3, 32), np.arange(64)
+    seen, w = _outliers()
+    rounds = lambda w, importance: rounded(w, quant, "mse", importance)  # noqa: E731
+    other = RNG.standard_normal((64, 32)).astype(np.float32)
+    found = [awq(seen, [(w, rounds), (size * other, rounds)], index)[0] for size in (1.0, 1e3)]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
 
 
 def test_smoothquant_evens_out_peaks() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -17,15 +17,34 @@ Rounds = Callable[[Array, Array], Array]
 
 
 def awq(seen: Seen, matrices: Sequence[tuple[Array, Rounds]], index: Array) -> tuple[Array, float]:
-    """s and the exponent a, s = mean|x|^a, for which the readers' outputs change least; ones where none helps."""
+    """s and the exponent a for which the readers' outputs change least, each as a share of its own size.
+
+    s = mean|x|^a, or mean|x|^a / size^(1-a) where size is how large a channel's weights are in the matrices (their
+    columns brought to one size); ones where none of them helps.
+    """
     mean = tied(np.maximum(seen.mean.astype(np.float64), 1e-12), index)
+    size = tied(np.maximum(_sizes([w for w, _ in matrices]), 1e-12), index)
+    whole = [max(output_error(w, seen.square), 1e-30) for w, _ in matrices]
     best, scale, exponent = np.inf, np.ones_like(mean), 0.0
-    for step in range(STEPS):
-        tried = balanced(mean ** (step / STEPS))
-        wrong = sum(_error(seen, w, rounds, tried[index]) for w, rounds in matrices)
+    for a, made in _tried(mean, size):
+        changes = (_error(seen, w, rounds, made[index]) for w, rounds in matrices)
+        wrong = sum(change / total for change, total in zip(changes, whole, strict=True))
         if wrong < best:
-            best, scale, exponent = wrong, tried, step / STEPS
+            best, scale, exponent = wrong, made, a
     return scale, exponent
+
+
+def _tried(mean: Array, size: Array) -> Iterator[tuple[float, Array]]:
+    """Exponents and scales, no scale first."""
+    for a in (step / STEPS for step in range(STEPS)):
+        yield a, balanced(mean**a)
+    for a in (step / STEPS for step in range(1, STEPS)):
+        yield a, balanced(mean**a / size ** (1 - a))
+
+
+def _sizes(matrices: Sequence[Array]) -> Array:
+    """Mean |w| of each row, in matrices whose columns reach 1."""
+    return np.mean([(np.abs(w) / np.maximum(np.abs(w).max(0), 1e-12)).mean(1) for w in matrices], axis=0, dtype=float)
 
 
 def smooth(seen: Seen, matrices: Sequence[Array], index: Array, alpha: float) -> Array:
