@@ -34,7 +34,7 @@ from effc.passes.runner import Step, Watch
 from effc.passes.weight_rules import coded
 from effc.pipeline import Pipeline
 from effc.plan import Plan, side
-from effc.predict import Prediction, predict
+from effc.predict import Prediction, predict, step_seconds
 from effc.report import Report, Side, Speed
 from effc.running import PROBE_TOKENS, run_passes
 from effc.runtime.train.budget import Budget
@@ -46,9 +46,6 @@ TRAIN_WINDOW = 256
 """Tokens of a training sequence; one less than the context where that is shorter: the last one is only told."""
 
 EXPORT_TOKENS = 1024
-
-STEP_SECONDS = 2.0
-"""Of training, where a budget is given in steps: what 1024 tokens of a small model take."""
 
 
 @dataclass(frozen=True)
@@ -156,15 +153,15 @@ def plan(source: Source, settings: Settings | None = None) -> Plan:
     return Plan(lowered.module.name, str(pipeline), str(exactness), *sizes, steps, notes, phases, foretold)
 
 
-def _minutes(pipeline: Pipeline, asked: Budget | None) -> dict[str, float]:
-    """Of training by pass; a step is taken for two seconds."""
+def _minutes(before: Module, pipeline: Pipeline, asked: Budget | None) -> dict[str, float]:
+    """Of training by pass."""
     found = healing.budgets(pipeline.passes, asked)
-    return {name: budget.minutes or budget.steps * STEP_SECONDS / 60 for name, budget in found.items()}
+    return {n: budget.minutes or budget.steps * step_seconds(before) / 60 for n, budget in found.items()}
 
 
 def _foretold(before: Module, after: Module, pipeline: Pipeline, asked: Budget | None, scored: int) -> Prediction:
     """What a run would take."""
-    return predict(before, after, _minutes(pipeline, asked), scored, len(healing.calibrating(pipeline.passes)))
+    return predict(before, after, _minutes(before, pipeline, asked), scored, len(healing.calibrating(pipeline.passes)))
 
 
 def transform(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,13 @@ COPIES = 6
 
 SEQUENCES, LOGITS = 1024, 6
 """Tokens of a training step, and how often their logits are held."""
+
+PASSES, TRAINED = 4, 0.8
+"""How often a training step does a forward's arithmetic (teacher's, student's and twice that for gradients), and the
+share of a product's speed at which it does so."""
+
+PROBE = 1024
+"""Rows and columns of the product that is timed."""
 
 
 @dataclass(frozen=True)
@@ -142,25 +150,39 @@ def _native(module: Module) -> bool:
     return 2 * len(coded) > len(weights) and native.usable()
 
 
+def step_seconds(module: Module) -> float:
+    """Of one training step of a model like this."""
+    return SEQUENCES * PASSES * flops_per_token(module, 256) / (TRAINED * arithmetic())
+
+
 def _vocab(module: Module) -> int:
     size = module.forward().result_types()[0].shape[-1]
     return size if isinstance(size, int) else 0
 
 
+@cache
 def bandwidth() -> float:
     """Bytes a second that this machine reads, by all threads; without native code the best of some copies."""
-    if not _MEASURED:
-        _MEASURED.append(streamed(PROBE_BYTES) or _copying())
-    return _MEASURED[0]
+    return streamed(PROBE_BYTES) or _copying()
+
+
+@cache
+def arithmetic() -> float:
+    """f32 operations a second of this machine, in a product by all threads: the best of some."""
+    square = np.ones((PROBE, PROBE), np.float32)
+    return 2 * PROBE**3 / min(_product(square) for _ in range(5))
+
+
+def _product(square: np.ndarray) -> float:
+    start = time.perf_counter()
+    np.matmul(square, square)
+    return time.perf_counter() - start
 
 
 def _copying() -> float:
     array = np.ones(PROBE_BYTES // 4, np.float32)
     other = np.empty_like(array)
     return max(_copied(array, other) for _ in range(3))
-
-
-_MEASURED: list[float] = []
 
 
 def _copied(array: np.ndarray, other: np.ndarray) -> float:

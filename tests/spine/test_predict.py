@@ -11,7 +11,7 @@ from effc.ir.parser import parse
 from effc.passes import runner
 from effc.pipeline import Pipeline
 from effc.plan import token_bytes
-from effc.predict import PREPARING, Prediction, decoding, predict
+from effc.predict import PREPARING, Prediction, decoding, predict, step_seconds
 from effc.report import Report, Side
 from effc.weights import nbytes
 
@@ -36,6 +36,11 @@ def test_training_takes_its_minutes_and_its_memory() -> None:
     assert two.seconds - one.seconds == pytest.approx(900 + 2 * PREPARING)
     assert two.peak_bytes > one.peak_bytes
     assert "15 min of them training" in " ".join(two.lines())
+
+
+def test_a_step_takes_what_its_arithmetic_does() -> None:
+    assert step_seconds(SIX) == pytest.approx(3 * step_seconds(parse(TINY)), rel=0.5)
+    assert 0 < step_seconds(SIX) < 10
 
 
 def test_layers_that_share_are_read_each_time_and_routed_ones_as_often_as_they_run() -> None:
