@@ -15,6 +15,8 @@ from jax import export
 
 from effc.errors import EffcError
 from effc.runtime.cache import Cache, Rows, cache_shapes
+from effc.runtime.coded import Split
+from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.matmul import native
 from effc.runtime.program import Program
 from effc.runtime.qarray import QArray
@@ -56,10 +58,10 @@ def export_programs(
 
 
 def _portable(extend: Callable[..., Any]) -> Callable[..., Any]:
-    """The same without native kernels, which the machine that runs the program may lack."""
+    """The same with TPU kernels for TPUs, and without native ones, which the machine that runs it may lack."""
 
     def call(*arguments: Any) -> Any:
-        with native.portable():
+        with native.portable(), on_tpu.traced():
             return extend(*arguments)
 
     return call
@@ -109,7 +111,7 @@ def _register() -> None:
     if _registered:
         return
     _registered.append(True)
-    for kind in (Cache, Rows, QArray):
+    for kind in (Cache, Rows, Split, QArray):
         export.register_pytree_node_serialization(
             kind,
             serialized_name=f"effc.{kind.__name__}",

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effc.runtime import coded
+from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.region.record import recorded
 
 EXACT = "exact"
@@ -30,9 +31,10 @@ class Rows:
     Where heads is g > 0 values are [b*g,S,d], for [b,S,g,d]: products with keys then read the array
     that is updated in place as it is (a reshape between makes XLA copy it). Else [b,S,...].
     kind: what the program asks for, one of coded.KINDS, or EXACT; `float` may be kept narrower.
+    A value may be a `coded.Split`, whose arrays are [b*g,S,...] too.
     """
 
-    values: tuple[jax.Array, ...]
+    values: tuple[Any, ...]
     heads: tuple[int, ...]
     kind: str = "float"
 
@@ -42,14 +44,14 @@ class Rows:
         heads = tuple(value.shape[2] if value.ndim == 4 else 0 for value in values)
         return Rows(_coded(tuple(map(inner, values)), heads, kind), heads, kind)
 
-    def all(self) -> tuple[jax.Array, ...]:
-        """Each as [b,S,...]."""
-        return tuple(held(value, heads=g) if g else value for value, g in zip(self.values, self.heads, strict=True))
+    def all(self) -> tuple[Any, ...]:
+        """Each as [b,S,...]; a `coded.Split` as it is, for attention to read."""
+        return tuple(_whole(value, g) for value, g in zip(self.values, self.heads, strict=True))
 
     def empty(self, capacity: int) -> Rows:
         """Zeros with room for `capacity` tokens a sequence."""
-        zeros = [jnp.zeros((x.shape[0], capacity, *x.shape[2:]), x.dtype) for x in self.values]
-        return replace(self, values=tuple(zeros))
+        values = jax.tree.map(lambda x: jnp.zeros((x.shape[0], capacity, *x.shape[2:]), x.dtype), self.values)
+        return replace(self, values=values)
 
     def kept_as(self, kind: str) -> Rows:
         """The same where the program leaves it open how keys and values are kept."""
@@ -58,12 +60,20 @@ class Rows:
         return replace(self, values=_coded(self.values, self.heads, kind), kind=kind)
 
 
-def _coded(values: Sequence[jax.Array], heads: Sequence[int], kind: str) -> tuple[jax.Array, ...]:
+def _whole(value: Any, heads: int) -> Any:
+    return held(value, heads=heads) if heads and not isinstance(value, coded.Split) else value
+
+
+def _coded(values: Sequence[jax.Array], heads: Sequence[int], kind: str) -> tuple[Any, ...]:
     """Keys and values, which come first, as stored; what has no heads as it is."""
     if kind == EXACT:
         return tuple(values)
-    first = [coded.encode(x, kind) if g else x for x, g in zip(values[:2], heads)]
-    return (*first, *values[2:])
+    return (*(_stored(x, kind) if g else x for x, g in zip(values[:2], heads)), *values[2:])
+
+
+def _stored(x: jax.Array, kind: str) -> Any:
+    """Of x[b*g,S,d]."""
+    return coded.Split.of(x) if kind == "i8" and on_tpu.wanted() else coded.encode(x, kind)
 
 
 class Entry(Protocol):
@@ -190,8 +200,10 @@ class Step:
         return Cache(self.lengths + grown, tuple(self._after))
 
 
-def _grown(old: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
+def _grown(old: Any, new: jax.Array, lengths: jax.Array) -> Any:
     """As `append`; what is not by head is no layer that native regions know."""
+    if isinstance(old, coded.Split):
+        return jax.tree.map(partial(write, lengths=lengths), old, coded.Split.of(inner(new)))
     return append(old, new, lengths) if new.ndim == 4 else write(old, new, lengths)
 
 

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effc.runtime import quantized
+from effc.runtime import coded, quantized
+from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.region.record import recorded
 from effc.runtime.packed import Packed
 from effc.runtime.qarray import QArray
@@ -151,9 +152,8 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array, *, style: str = "half") -
     return jnp.concatenate([y, rest], axis=-1) if rest.shape[-1] else y
 
 
-@recorded
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, bias_fn: BiasFn | None = None,
+    q: jax.Array, k: Any, v: Any, positions: jax.Array, bias_fn: BiasFn | None = None,
     keyed: Sequence[jax.Array] = (), asked: Sequence[jax.Array] = (), sinks: jax.Array | None = None, *,
     scale: float = 1.0, window: int = 0, softcap: float = 0.0,
 ) -> jax.Array:  # fmt: skip
@@ -163,8 +163,24 @@ def attention(
     sinks[h] take part in the softmax as one score more, of no key.
     A query from which the bias hides every key takes the mean of the values so far. Keys past a
     query's position are unfilled cache rows: whatever is in k there has no effect, what is in v must be
-    finite (it is multiplied by exactly 0; caches start as zeros).
+    finite (it is multiplied by exactly 0; caches start as zeros). k and v may each be a `coded.Split`.
     """
+    how = {"scale": scale, "window": window, "softcap": softcap}
+    if on_tpu.wanted() and bias_fn is None and not _LEARNING.get():
+        from effc.runtime.kernels.attention import choice  # Pallas takes half a second to import
+
+        return choice.attend(partial(attended, **how), q, k, v, positions, sinks, **how)
+    k, v = (x.decoded(len(q)) if isinstance(x, coded.Split) else x for x in (k, v))
+    return attended(q, k, v, positions, bias_fn, keyed, asked, sinks, **how)
+
+
+@recorded
+def attended(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, bias_fn: BiasFn | None = None,
+    keyed: Sequence[jax.Array] = (), asked: Sequence[jax.Array] = (), sinks: jax.Array | None = None, *,
+    scale: float = 1.0, window: int = 0, softcap: float = 0.0,
+) -> jax.Array:  # fmt: skip
+    """`attention`, of XLA's own ops."""
     b, t, h, d = q.shape
     S, g, r = k.shape[1], k.shape[2], h // k.shape[2]
     rows = _by_head(q.reshape(b, t, g, r, d).transpose(0, 1, 3, 2, 4).reshape(b, t * r, g, d))

@@ -58,8 +58,7 @@ class Gathered:
         before = self._before[len(self._after)] if self._before is not None else None
         rows = Rows.of(values, before.kind if before else cache)
         if before is not None:
-            stored = tuple(self._write(old, new) for old, new in zip(before.values, rows.values, strict=True))
-            rows = replace(rows, values=stored)
+            rows = replace(rows, values=jax.tree.map(self._write, before.values, rows.values))
         self._after.append(rows)
         return rows.all()
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from effc.runtime.kernels.alone import alone
+
 
 @dataclass(frozen=True)
 class Call:
@@ -55,7 +57,7 @@ def generation() -> str:
 
 def either(tpu: Callable[..., Any], default: Callable[..., Any], *arrays: Any) -> Any:
     """The first on TPUs, the other elsewhere; which is known when the program is lowered, so exports carry both."""
-    return jax.lax.platform_dependent(*arrays, tpu=tpu, default=default)
+    return jax.lax.platform_dependent(*arrays, tpu=alone("tpu", tpu), default=default)
 
 
 def wanted() -> bool:

@@ -337,7 +337,7 @@ def _argmax(former: Former, step: Step) -> bool:
 
 
 _LAYERS: dict[str, Callable[[Former, Step, Args], bool]] = {
-    "norm": _norm, "linear": _linear, "rope": _rope, "append": _append, "attention": _attention,
+    "norm": _norm, "linear": _linear, "rope": _rope, "append": _append, "attended": _attention,
 }  # fmt: skip
 
 _OTHERS: dict[str, Callable[[Former, Step], bool]] = {

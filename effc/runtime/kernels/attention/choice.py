@@ -1,0 +1,57 @@
+"""Attention of programs that may run on a TPU: the kernel there, XLA elsewhere and where the kernel does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+
+from effc.runtime.coded import Split
+from effc.runtime.kernels import on_tpu
+from effc.runtime.kernels.attention import tpu
+
+Plain = Callable[..., jax.Array]
+"""(q, k[b,S,g,d], v, positions, sinks=) -> [b,t,h,d]."""
+
+
+def attend(
+    plain: Plain, q: jax.Array, k: Any, v: Any, positions: jax.Array, sinks: jax.Array | None, **how: Any
+) -> jax.Array:
+    """k and v [b,S,g,d], or both `Split`: the kernel then reads their codes where they lie."""
+    here = partial(_decoded, plain)
+    more = () if sinks is None else (sinks,)
+    if isinstance(k, Split) != isinstance(v, Split) or not _fits(q, k, v):
+        return here(q, k, v, positions, *more)
+    return on_tpu.either(partial(_kernel, **how), here, q, k, v, positions, *more)
+
+
+def _fits(q: jax.Array, k: Any, v: Any) -> bool:
+    """Rows of a cache, more than there are queries; a prompt by itself is a product of matrices, XLA's."""
+    keys, values = (x if isinstance(x, Split) else jax.eval_shape(_by_head, x) for x in (k, v))
+    heads = keys.shape[0] // len(q)
+    return q.shape[1] < keys.shape[1] and tpu.fits(q, keys, values, heads)  # type: ignore[arg-type]
+
+
+def _kernel(q: jax.Array, k: Any, v: Any, positions: jax.Array, *sinks: jax.Array, **how: Any) -> jax.Array:
+    if isinstance(k, Split):
+        scales = _by_sequence(k.scales, len(q)), _by_sequence(v.scales, len(q))
+        return tpu.attend(q, k.codes, v.codes, scales, positions, *sinks, **how)
+    return tpu.attend(q, _by_head(k), _by_head(v), None, positions, *sinks, **how)
+
+
+def _by_sequence(scales: jax.Array, batch: int) -> jax.Array:
+    """[b,g,S] of [b*g,S]."""
+    return scales.reshape(batch, -1, scales.shape[1])
+
+
+def _by_head(x: jax.Array) -> jax.Array:
+    """[b*g,S,d] of [b,S,g,d]: as caches are stored, so that XLA moves nothing."""
+    b, S, g, d = x.shape
+    return x.swapaxes(1, 2).reshape(b * g, S, d)
+
+
+def _decoded(plain: Plain, q: jax.Array, k: Any, v: Any, positions: jax.Array, *sinks: jax.Array) -> jax.Array:
+    wide = (x.decoded(len(q)) if isinstance(x, Split) else x for x in (k, v))
+    return plain(q, *wide, positions, sinks=sinks[0] if sinks else None)
