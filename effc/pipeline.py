@@ -20,16 +20,36 @@ from effc.passes.mor import Mor
 
 _TWICE = "both code the same weights; keep one, e.g. quant4{rules=*.down:8} or mixed{bits=5} for a mix of widths"
 
+_EXITS = (
+    "both say how tokens are decoded; keep one: calm leaves layers out within a bound, a cascade asks a smaller model "
+    "within one"
+)
+
+_DRAFTS: Mapping[str, str] = {
+    "speccascade": "speccascade has a drafter of its own; keep one: speccascade{kind=head} or {model=PATH} for what "
+    "draft{kind=...} would attach; lookup has no probabilities that a rule could weigh",
+    "cascade": "both say which small model speaks; keep one: cascade{model=PATH} for its own text, draft{kind=model} "
+    "for the large model's; drafts by lookup have no probabilities to be sure of",
+}
+
 CONFLICTS: Mapping[frozenset[str], str] = {
     **{frozenset(pair): _TWICE for pair in combinations(("quant4", "quant8", "mixed", "qat"), 2)},
     frozenset({"kv8", "kv4"}): "both say how keys and values are kept; keep one",
     frozenset({"calm", "draft"}): "both say how tokens are decoded; keep one: draft alone gives the model's own text, "
     "calm alone text within a bound of it",
+    **{frozenset({"calm", name}): _EXITS for name in ("speccascade", "cascade")},
+    **{frozenset({"draft", name}): mend for name, mend in _DRAFTS.items()},
+    frozenset(
+        {"speccascade", "cascade"}
+    ): "both put a small model before the large one; keep one: speccascade asks the "
+    "large one of every token, cascade only where the small one is unsure",
 }
 """Pairs that cannot run in one pipeline, and what to write instead. Every other pair is legal and tested."""
 
 ROUTED: Mapping[str, str] = {
     "calm": "both say at which depth a token stops; write mor{router=none}: exits between recursions decide it",
+    "speccascade": "drafts that are refused cannot be taken back out of a depth's own keys; write mor{router=none}",
+    "cascade": "what a small model says cannot be read again out of a depth's own keys; write mor{router=none}",
     "draft": "drafts that are refused cannot be taken back out of a depth's own keys; write mor{router=none}",
 }
 """What does not go with tokens that are routed, and what to write instead."""

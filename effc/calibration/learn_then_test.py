@@ -42,15 +42,15 @@ class Certificate:
         """Mean loss measured at `chosen`; 0 where that is the full model."""
         return next((t.mean for t in self.tried if t.setting == self.chosen), 0.0)
 
-    def reason(self) -> str:
-        """Why nothing was certified; empty where something was."""
+    def reason(self, setting: str = "threshold") -> str:
+        """Why nothing was certified; empty where something was. setting: what is tried, in a word."""
         if self.chosen is not None:
             return ""
         if self.n < self.needed:
             return f"{self.n} calibration prompts, want {self.needed} at least for delta {self.delta:g}"
         first = self.tried[0]
         return (
-            f"already at threshold {first.setting:g} the mean loss of {self.n} prompts is {first.mean:.3f}, "
+            f"already at {setting} {first.setting:g} the mean loss of {self.n} prompts is {first.mean:.3f}, "
             f"too near delta {self.delta:g} or above it"
         )
 

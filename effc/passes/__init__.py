@@ -5,6 +5,7 @@ from __future__ import annotations
 from effc.passes.act import Act8
 from effc.passes.base import Exactness, Notes, Option, Pass, PassError, Phase
 from effc.passes.calm import Calm
+from effc.passes.cascade import Cascade, SpecCascade
 from effc.passes.clean import Clean
 from effc.passes.draft import Draft
 from effc.passes.fuse import Fuse
@@ -19,7 +20,24 @@ from effc.passes.smooth import Smooth
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
-    for cls in (Clean, Mor, Calm, Draft, Smooth, Hadamard, Quant8, Quant4, Mixed, Qat, Kv8, Kv4, Act8, Fuse)
+    for cls in (
+        Clean,
+        Mor,
+        Calm,
+        Draft,
+        SpecCascade,
+        Cascade,
+        Smooth,
+        Hadamard,
+        Quant8,
+        Quant4,
+        Mixed,
+        Qat,
+        Kv8,
+        Kv4,
+        Act8,
+        Fuse,
+    )
 }
 """Every pass, in the order of the phases."""
 
@@ -27,6 +45,7 @@ __all__ = [
     "Act8",
     "PASSES",
     "Calm",
+    "Cascade",
     "Clean",
     "Draft",
     "Exactness",
@@ -45,4 +64,5 @@ __all__ = [
     "Quant4",
     "Quant8",
     "Smooth",
+    "SpecCascade",
 ]

@@ -46,19 +46,19 @@ class Draft(Pass):
     def requires(self, module: Module) -> None:
         if module.decode is None or module.decode.strategy != "greedy":
             found = module.decode.strategy if module.decode else "none"
-            raise PassError(f"draft: decode is {found} already, want greedy")
+            raise PassError(f"{self.name}: decode is {found} already, want greedy")
         if self.gamma < 0 or self.layers < 0 or self.vocab < 0:
-            raise PassError("draft: gamma, layers and vocab, want 0 or more")
+            raise PassError(f"{self.name}: gamma, layers and vocab, want 0 or more")
         if (self.kind == "model") != bool(self.model):
-            raise PassError("draft: kind=model and model=PATH go together")
+            raise PassError(f"{self.name}: kind=model and model=PATH go together")
         if self.prompts and self.kind not in ("self", "head"):
             raise PassError(
-                f"draft: prompts are what kind=self and kind=head learn from, want none for kind={self.kind}"
+                f"{self.name}: prompts are what kind=self and kind=head learn from, want none for kind={self.kind}"
             )
         if self.kind in ("int4", "self", "head"):
             coded = [n for n, p in module.params.items() if isinstance(p.type.dtype, Quant)]
             if coded:
-                raise PassError(f"draft: @{coded[0]} is quantized already, want a drafter attached before that")
+                raise PassError(f"{self.name}: @{coded[0]} is quantized already, want a drafter attached before that")
 
     def run(self, module: Module, notes: Notes) -> Module:
         attrs: dict[str, Attr | Ref] = {"forward": Ref(module.forward().name), "kind": self._loop()}
@@ -70,7 +70,7 @@ class Draft(Pass):
         elif self.kind == "lookup":
             more = {}
         else:
-            module, more = beside.attached(module, self._other(module, notes)[0]), {}
+            module, more = beside.attached(module, self._other(module, notes)[0], self.name), {}
         attrs |= {} if self.kind == "lookup" else {"drafter": Ref(PREFIX)}
         attrs |= more | {"gamma": self.gamma or GAMMA[self.kind]}
         if head.IDS in module.params:
@@ -87,7 +87,7 @@ class Draft(Pass):
 
     def arrays(self, before: Module, after: Module, store: Store, context: Context, notes: Notes) -> Store:
         if self.kind == "model":
-            beside.check_tokens(context.tokenizer, Path(self.model), cut_vocab(after))
+            beside.check_tokens(context.tokenizer, Path(self.model), cut_vocab(after), self.name)
         return self.weights(before, after, store)
 
     def training_minutes(self) -> float:

@@ -42,15 +42,15 @@ def int4(module: Module, store: Store | None) -> tuple[Module, Store]:
     return after, coder.weights(alone, after, store) if store else Store({})
 
 
-def attached(module: Module, other: Module) -> Module:
+def attached(module: Module, other: Module, name: str = "draft") -> Module:
     """With the other model beside as @draft; PassError where it cannot have the same vocabulary."""
     mine, its = _vocab(module), _vocab(other)
     if abs(mine - its) > PADDED * max(mine, its):
-        raise PassError(f"draft: @{other.name} has logits of {its} tokens, want {mine} as @{module.name}")
+        raise PassError(f"{name}: @{other.name} has logits of {its} tokens, want {mine} as @{module.name}")
     params, funcs = renamed(other)
     taken = sorted({*params, *funcs} & {*module.params, *module.funcs})
     if taken:
-        raise PassError(f"draft: @{taken[0]} is there already, want a model without a drafter")
+        raise PassError(f"{name}: @{taken[0]} is there already, want a model without a drafter")
     return Module(module.name, module.meta, {**module.params, **params}, {**module.funcs, **funcs}, module.decode)
 
 
@@ -59,15 +59,17 @@ def arrays(other: Module, after: Module, store: Store) -> list[Lazy]:
     return [lazily(after.params[f"{PREFIX}.{name}"], store[name]) for name in other.params]
 
 
-def check_tokens(mine: Tokenizer | None, path: Path, vocab: int) -> None:
+def check_tokens(mine: Tokenizer | None, path: Path, vocab: int, name: str = "draft") -> None:
     """PassError naming the first token that differs; what either pads its table with is no token."""
     its = tokenizer_of(path)
     if mine is None or its is None:
         who = "the model" if mine is None else str(path)
-        raise PassError(f"draft: {who} has no tokenizer, so nobody can tell whether tokens mean the same")
+        raise PassError(f"{name}: {who} has no tokenizer, so nobody can tell whether tokens mean the same")
     for number, (a, b) in enumerate(zip_longest(_tokens(mine, vocab), _tokens(its, vocab))):
         if a != b:
-            raise PassError(f"draft: token {number} is {_shown(a)} here and {_shown(b)} in {path}, want one vocabulary")
+            raise PassError(
+                f"{name}: token {number} is {_shown(a)} here and {_shown(b)} in {path}, want one vocabulary"
+            )
 
 
 def tokenizer_of(path: Path) -> Tokenizer | None:

@@ -64,31 +64,48 @@ class Forecast:
 
 def planned(made_by: Draft, module: Module, store: Store, context: Context, notes: Notes) -> Module:
     """The module with costs, acceptance, gamma and the prediction in `decode`; gamma=0 where nothing pays."""
-    assert module.decode is not None
-    most = made_by.gamma or int(str(module.decode.attrs["gamma"]))
+    return foreseen(made_by, module, served(module, store), context, notes)
+
+
+def served(module: Module, store: Store) -> Engine:
+    """The module as an artifact serves it."""
     with tempfile.TemporaryDirectory(prefix="effc-") as folder:
         file = Path(folder) / "model.safetensors"
         write_safetensors(file, module, store)
-        told = _with(module, {"gamma": most, "acceptance": _eager(module)})
-        program = load_program(emit(told))
-        engine = Engine(program, load_params(file, program.params))
-        costs, many = measure(engine, most), measure(engine, most, MANY)
-        levels, drafted = accepted(engine, costs, context, most)
-        found = forecast(drafted, costs, [made_by.gamma] if made_by.gamma else range(1, most + 1))
-        _say(costs, drafted, found, notes)
-        _say_many(many, forecast(drafted, many, range(1, most + 1)), notes)
-        attrs: dict[str, Attr | Ref] = {
-            "gamma": found.gamma, "curve": tuple(round(c, 3) for c in costs.curve), "cost": round(costs.draft, 4),
-            "curve8": tuple(round(c, 3) for c in many.curve), "cost8": round(many.draft, 4),
-            "acceptance": levels, "predicted": round(found.speedup, 3),
-        }  # fmt: skip
-        if found.speedup < WORTH and not made_by.force:
-            notes.chose(f"declined: x{found.speedup:.2f} predicted, want x{WORTH:g} (force=true drafts all the same)")
-            attrs |= {"gamma": 0}
-        else:
-            attrs |= {"measured": round(measured(program, engine, attrs, context), 3)}
-            notes.chose(f"measured on the same prompts: x{attrs['measured']}, predicted x{found.speedup:.2f}")
+        program = load_program(emit(module))
+        return Engine(program, load_params(file, program.params))
+
+
+def foreseen(made_by: Draft, module: Module, engine: Engine, context: Context, notes: Notes) -> Module:
+    """As `planned`; the engine is one of this program with these arrays, however it decodes."""
+    assert module.decode is not None
+    most = made_by.gamma or int(str(module.decode.attrs["gamma"]))
+    engine = decoding(engine, _with(module, {"gamma": most, "acceptance": _eager(module)}))
+    costs, many = measure(engine, most), measure(engine, most, MANY)
+    levels, drafted = accepted(engine, costs, context, most)
+    found = forecast(drafted, costs, [made_by.gamma] if made_by.gamma else range(1, most + 1))
+    _say(costs, drafted, found, notes)
+    _say_many(many, forecast(drafted, many, range(1, most + 1)), notes)
+    attrs: dict[str, Attr | Ref] = {
+        "gamma": found.gamma, "curve": tuple(round(c, 3) for c in costs.curve), "cost": round(costs.draft, 4),
+        "curve8": tuple(round(c, 3) for c in many.curve), "cost8": round(many.draft, 4),
+        "acceptance": levels, "predicted": round(found.speedup, 3),
+    }  # fmt: skip
+    if found.speedup < WORTH and not made_by.force:
+        notes.chose(f"declined: x{found.speedup:.2f} predicted, want x{WORTH:g} (force=true drafts all the same)")
+        attrs |= {"gamma": 0}
+    else:
+        attrs |= {"measured": round(measured(engine, attrs, context), 3)}
+        notes.chose(f"measured on the same prompts: x{attrs['measured']}, predicted x{found.speedup:.2f}")
     return _with(module, {**attrs, "of": fingerprint(module)})
+
+
+def decoding(engine: Engine, module: Module) -> Engine:
+    """One of the same program and arrays that decodes as the module says."""
+    assert module.decode is not None
+    attrs = {name: value.name if isinstance(value, Ref) else value for name, value in module.decode.attrs.items()}
+    decode = {"strategy": module.decode.strategy, **attrs}
+    return Engine(replace(engine.program, decode=decode), engine.params, engine.eos)
 
 
 def measure(engine: Engine, most: int, rows: int = 1) -> Costs:
@@ -170,8 +187,9 @@ def forecast(drafted: Drafted, costs: Costs, gammas: Sequence[int] | range) -> F
     return best
 
 
-def measured(program: Any, engine: Engine, attrs: dict[str, Attr | Ref], context: Context) -> float:
+def measured(engine: Engine, attrs: dict[str, Attr | Ref], context: Context) -> float:
     """Tokens a second with the drafter over those without, in turn on the same prompts, one at a time."""
+    program = engine.program
     plain = Engine(replace(program, decode={}), engine.params)
     drafts = Engine(replace(program, decode={**program.decode, **attrs}), engine.params)
     prompts, ratios = context.prompts(PROMPTS, READ).tolist(), list[float]()
@@ -214,4 +232,4 @@ def _say_many(costs: Costs, found: Forecast, notes: Notes) -> None:
     notes.chose(f"{MANY} sequences at once: T(k)/T(1) {shown}: {best}")
 
 
-__all__ = ["Costs", "Forecast", "forecast", "measure", "planned"]
+__all__ = ["Costs", "Forecast", "decoding", "forecast", "foreseen", "measure", "planned", "served"]

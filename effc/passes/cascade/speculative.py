@@ -1,0 +1,58 @@
+"""Speculative cascades: the speculation of `draft`, towards what a deferral rule makes of both models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from effc.ir.core import Module
+from effc.passes.base import Notes, option
+from effc.passes.cascade.small import AUTO, NEVER, Cascading, with_decode
+from effc.passes.draft.attach import Draft
+
+if TYPE_CHECKING:
+    from effc.passes.context import Context
+    from effc.weights import Store
+
+GAMMA = 8
+"""Drafts at most, where it is not measured what pays: more of them stand than where the text is the target's own."""
+
+
+@dataclass(frozen=True)
+class _Drafter(Draft):
+    """Attached in this pass's name."""
+
+    name: ClassVar[str] = "speccascade"
+
+
+@dataclass(frozen=True)
+class SpecCascade(Cascading):
+    """Speculative cascade: drafts of a small model stand where `rule` keeps them, though the large one would say
+    other things. tokenv3 at alpha=0 is not lossless (it keeps the large model's likeliest token): below 0 it is."""
+
+    name: ClassVar[str] = "speccascade"
+
+    rule: Literal["tokenv3", "tokenv2", "tokenv1", "opt", "diff", "chow", "lossy"] = option(
+        "tokenv3", "what is kept, by the probabilities of both models; lossy is speculation with lenience, a baseline"
+    )
+    alpha: str = option(AUTO, "how much is kept; auto: the most that is certified to lose at most delta")
+    vocab: int = option(8192, "tokens that kind=self and kind=head can draft, those used most; 0 is all")
+
+    def setting(self) -> tuple[str, str]:
+        return "alpha", self.alpha
+
+    def drafter(self) -> Draft:
+        return _Drafter(self.small, self.gamma, self.model, self.layers, self.vocab, self.lessons, self.force)
+
+    def run(self, module: Module, notes: Notes) -> Module:
+        after = self.drafter().run(module, notes)
+        alpha = NEVER if self.automatic else self.number()
+        return with_decode(after, "speculative", gamma=self.gamma or GAMMA, rule=self.rule, alpha=alpha)
+
+    def calibrate(self, module: Module, store: Store, context: Context, notes: Notes) -> Module:
+        from effc.passes.cascade import calibrate  # it runs the model: only where that is asked for
+
+        return calibrate.by_rule(self, module, store, context, notes)
+
+
+__all__ = ["SpecCascade"]
