@@ -10,6 +10,7 @@ Programs that may run on a TPU hold i8 as `Split`: a row of d+4 bytes would lie 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,20 +23,26 @@ KINDS = ("float", "f16", "i8", "i4")
 _KIND = {"float16": "f16", "int8": "i8", "uint8": "i4"}
 _LARGEST = 65504.0  # of f16
 _STEPS = {"i8": 127.5, "i4": 7.5}
+_LANES = 128
 
 
-@jax.tree_util.register_dataclass
+@partial(jax.tree_util.register_dataclass, data_fields=("codes", "scales"), meta_fields=("width",))
 @dataclass(frozen=True)
 class Split:
-    """codes int8[n,S,d] and a scale a row, f32[n,S], along the lanes: as scores have their keys."""
+    """codes int8[n,S,m] of rows of `width`, and a scale a row, f32[n,S], along the lanes: as scores have their keys.
+
+    m is whole lanes: rows of fewer would take as much room, and XLA would turn the array over to pack it.
+    """
 
     codes: jax.Array
     scales: jax.Array
+    width: int
 
     @staticmethod
     def of(x: jax.Array) -> Split:
         """Of values [n,S,d]."""
-        return Split(*_codes(x.astype(jnp.float32), _STEPS["i8"]))
+        codes, scales = _codes(x.astype(jnp.float32), _STEPS["i8"])
+        return Split(to_lanes(codes), scales, x.shape[-1])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,8 +56,13 @@ class Split:
 
     def decoded(self, batch: int) -> jax.Array:
         """f32[b,S,g,d], n being b*g."""
-        wide = self.codes.astype(jnp.float32) * self.scales[..., None]
+        wide = self.codes[..., : self.width].astype(jnp.float32) * self.scales[..., None]
         return wide.reshape(batch, -1, *wide.shape[1:]).swapaxes(1, 2)
+
+
+def to_lanes(x: jax.Array) -> jax.Array:
+    """x[...,d] with zeros up to whole lanes of a TPU."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % _LANES)])
 
 
 def kind_of(stored: jax.Array) -> str:

@@ -102,18 +102,20 @@ def same(
 
 
 @pytest.mark.parametrize(
-    ("attributes", "sort"),
+    ("attributes", "sort", "width"),
     [
-        ("cache=i8, window=3", "int8_window"),
-        pytest.param("cache=i8", "int8", marks=pytest.mark.slow),
-        pytest.param("window=5, softcap=3.0", "f32_window_capped", marks=pytest.mark.slow),
+        ("cache=i8, window=3", "int8_window", 128),
+        pytest.param("cache=i8", "int8", 128, marks=pytest.mark.slow),
+        pytest.param("window=5, softcap=3.0", "f32_window_capped", 8, marks=pytest.mark.slow),
     ],
 )
-def test_an_emitted_program_means_the_same(attributes: str, sort: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_emitted_program_means_the_same(
+    attributes: str, sort: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = TINY.replace("3 * f32", "1 * f32").replace("times=3", "times=1")
     program = load_program(emit(parse(text.replace("{scale=0.35", f"{{{attributes}, scale=0.35"))))
     calls = same(program.extend, random_params(program), [4, 1], monkeypatch)
-    assert {call.name for call in calls} == {f"attention_{sort}_g2_r{2 * t}_d8_s32_b2_k32" for t in (1, 4)}
+    assert {call.name for call in calls} == {f"attention_{sort}_g2_r{2 * t}_d{width}_s32_b2_k32" for t in (1, 4)}
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from effc.runtime import coded
 from effc.runtime.coded import Split
 from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.attention import tpu
@@ -22,23 +23,30 @@ def attend(
     """k and v [b,S,g,d], or both `Split`: the kernel then reads their codes where they lie."""
     here = partial(_decoded, plain)
     more = () if sinks is None else (sinks,)
-    if isinstance(k, Split) != isinstance(v, Split) or not _fits(q, k, v):
+    if not _fits(q, k, v):
         return here(q, k, v, positions, *more)
     return on_tpu.either(partial(_kernel, **how), here, q, k, v, positions, *more)
 
 
 def _fits(q: jax.Array, k: Any, v: Any) -> bool:
     """Rows of a cache, more than there are queries; a prompt by itself is a product of matrices, XLA's."""
-    keys, values = (x if isinstance(x, Split) else jax.eval_shape(_by_head, x) for x in (k, v))
-    heads = keys.shape[0] // len(q)
-    return q.shape[1] < keys.shape[1] and tpu.fits(q, keys, values, heads)  # type: ignore[arg-type]
+    if isinstance(k, Split) != isinstance(v, Split) or q.shape[1] >= k.shape[1]:
+        return False
+    queries, keys, values, _ = jax.eval_shape(_operands, q, k, v)
+    return tpu.fits(queries, keys, values, keys.shape[0] // len(q))
 
 
 def _kernel(q: jax.Array, k: Any, v: Any, positions: jax.Array, *sinks: jax.Array, **how: Any) -> jax.Array:
+    queries, keys, values, scales = _operands(q, k, v)
+    out = tpu.attend(queries, keys, values, scales, positions, *sinks, **how)
+    return out[..., : v.width] if isinstance(v, Split) else out
+
+
+def _operands(q: jax.Array, k: Any, v: Any) -> Any:
+    """What the kernel takes of them."""
     if isinstance(k, Split):
-        scales = _by_sequence(k.scales, len(q)), _by_sequence(v.scales, len(q))
-        return tpu.attend(q, k.codes, v.codes, scales, positions, *sinks, **how)
-    return tpu.attend(q, _by_head(k), _by_head(v), None, positions, *sinks, **how)
+        return coded.to_lanes(q), k.codes, v.codes, (_by_sequence(k.scales, len(q)), _by_sequence(v.scales, len(q)))
+    return q, _by_head(k), _by_head(v), None
 
 
 def _by_sequence(scales: jax.Array, batch: int) -> jax.Array:
