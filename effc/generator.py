@@ -28,7 +28,9 @@ class Asked:
     stop: Sequence[str] = ()
     seed: int = 0
     exits: float | None = None
-    """Confidence at which tokens leave early, 1 never; None: the certified one, where a model has exits."""
+    """Confidence at which tokens leave early, or a small model's answer is kept, 1 never; None: the certified one."""
+    alpha: float | None = None
+    """How much a cascade's rule keeps of the small model; -inf nothing; None: as certified or set by hand."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,14 @@ class Generator:
             stop=how.stop,
             decode=lambda ids: decode(ids),
             exits=how.exits,
+            alpha=how.alpha,
         )
 
 
 def asked(**options: Any) -> Asked:
     """From plain options: max_tokens, stop, seed, exits, and temperature, top_k ... as `Sampling` has them."""
-    own = {name: options.pop(name) for name in ("max_tokens", "stop", "seed", "exits") if name in options}
+    names = ("max_tokens", "stop", "seed", "exits", "alpha")
+    own = {name: options.pop(name) for name in names if name in options}
     return replace(Asked(sampling=Sampling(**options)), **own)
 
 

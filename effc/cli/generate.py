@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -36,8 +37,16 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
     exits = parser.add_mutually_exclusive_group()
-    exits.add_argument("--full", action="store_true", help="run all layers, whatever exits are certified")
-    exits.add_argument("--threshold", type=float, metavar="X", help="leave at confidence X, 0 to 1: no guarantee")
+    exits.add_argument(
+        "--full", action="store_true", help="all layers, or the large model alone, whatever is certified"
+    )
+    exits.add_argument(
+        "--threshold",
+        type=float,
+        metavar="X",
+        help="leave, or keep a small model's answer, at confidence X: no guarantee",
+    )
+    exits.add_argument("--alpha", type=float, metavar="X", help="of a cascade's rule: no guarantee")
     parser.add_argument("--stats", action="store_true", help="tokens/s on stderr at the end, and what drafts came to")
     cache_option(parser)
     _sampling_options(parser)
@@ -90,8 +99,8 @@ def how(args: argparse.Namespace) -> Asked:
     from effc.generator import asked
 
     names = ("max_tokens", "stop", "seed", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    exits = 1.0 if args.full else args.threshold
-    return asked(**{name: getattr(args, name) for name in names}, exits=exits)
+    exits, alpha = (1.0, -math.inf) if args.full else (args.threshold, args.alpha)
+    return asked(**{name: getattr(args, name) for name in names}, exits=exits, alpha=alpha)
 
 
 def _stream(generator: Generator, prompt: list[int], how: Asked) -> Result:
@@ -113,15 +122,16 @@ def data(texts: list[str], result: Result) -> dict[str, Any]:
         "tokens_per_second": result.stats.decode_rate,
     }
     draft = result.stats.draft.json() if result.stats.draft else None
-    return {"outputs": outputs, "stats": asdict(result.stats) | rates | {"draft": draft}}
+    answers = result.stats.answers.json() if result.stats.answers else None
+    return {"outputs": outputs, "stats": asdict(result.stats) | rates | {"draft": draft, "answers": answers}}
 
 
 def stats(result: Result) -> str:
-    """A line, and one more of drafts."""
+    """A line, and one more of drafts or answers."""
     s = result.stats
     left = f"; {s.exits.average:.2f} layers a token, by layers {dict(s.exits.by_layers)}" if s.exits else ""
     return (
         f"prompt {s.prompt_tokens} tokens, {s.prefill_rate:.1f} tokens/s; "
         f"new {s.new_tokens} tokens, {s.decode_rate:.1f} tokens/s; compiled in {s.compile_seconds:.1f} s{left}"
-        + (f"\n{s.draft}" if s.draft else "")
+        + "".join(f"\n{told}" for told in (s.draft, s.answers) if told)
     )

@@ -51,10 +51,11 @@ class Answers:
     context: int | None = None
     asked: float | None = None
 
-    def at(self, sampling: Sampling, new: int) -> float:
+    def at(self, sampling: Sampling, new: int, asked: float | None = None) -> float:
         """The threshold for such texts: it is certified for greedy ones of so many tokens."""
-        if self.asked is not None:
-            return self.asked
+        asked = self.asked if asked is None else asked
+        if asked is not None:
+            return asked
         plain = sampling.greedy and not sampling.filters
         return self.threshold if not self.certified or (plain and new <= self.certified) else 1.0
 
@@ -132,7 +133,7 @@ def stream(engine: Engine, request: Request, result: Result, plain: Callable[...
     """As `plain(engine, request, result)` of either model; the small one's answers come whole, all at once."""
     assert engine.answers is not None
     count = len(request.prompts)
-    threshold = engine.answers.at(request.sampling, request.max_new_tokens)
+    threshold = engine.answers.at(request.sampling, request.max_new_tokens, request.exits)
     if threshold >= 1:
         yield from plain(engine, request, result)
         result.stats.answers = Answered((), (True,) * count, sum(map(len, result.drawn)), 0)

@@ -57,6 +57,12 @@ class Speculation:
         """A cascade's; nothing where what is drawn is the target's own distribution."""
         return self.cascade.rule if self.cascade else ""
 
+    def asking(self, alpha: float | None) -> Speculation:
+        """With this alpha of its cascade, whatever is certified; None as it is."""
+        if alpha is None or self.cascade is None:
+            return self
+        return replace(self, cascade=replace(self.cascade, asked=alpha))
+
     def _drafter(self, sizes: Widths) -> Drafter:
         """The drafter that goes by these costs."""
         if isinstance(self.drafter, Chain):

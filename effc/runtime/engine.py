@@ -49,6 +49,8 @@ class How:
     stops: jax.Array
     exits: float | None = None
     """Threshold of early exits; None: the certified one, for plain greedy text."""
+    alpha: float | None = None
+    """Of a cascade's rule; None: the certified one, likewise, or the one set by hand."""
 
     @property
     def greedy(self) -> bool:
@@ -146,7 +148,8 @@ class Engine:
         if self.speculation is None:
             plain = how.greedy and not how.filters
             return self.exits.begin(state, new, how.exits, plain) if self.exits else state
-        state = self.speculation.begin(self.params, state, prompts, new, vocab, features, how.choice)
+        speculation = self.speculation.asking(how.alpha)
+        state = speculation.begin(self.params, state, prompts, new, vocab, features, how.choice)
         args = (self.params, state, how.numbers)
         call = self.speculation.loop(how.choice, len(prompts)).first
         return self._ready(("first", how.choice), call, 1, *args)(*args)

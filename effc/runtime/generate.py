@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effc.errors import EffcError
-from effc.runtime import answering
+from effc.runtime import answering, deferral
 from effc.runtime.answering import Answered
 from effc.runtime.cache import Cache
 from effc.runtime.drafting import Tally, Widths
@@ -152,7 +152,8 @@ class Request:
     chunk: int = 32
     stop: Sequence[str] = ()
     decode: Decoder | None = None
-    exits: float | None = None  # threshold of early exits, 1 never; None: the certified one
+    exits: float | None = None  # threshold of early exits or of whole answers, 1 never; None: the certified one
+    alpha: float | None = None  # of a cascade's rule, -inf defers always; None: as certified or set by hand
     keys: jax.Array | None = None  # one a row, instead of `seed`: what a row draws then depends on its own alone
 
 
@@ -160,10 +161,11 @@ def generate(
     engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
     sampling: Sampling | None = None, stop_ids: Sequence[int] | None = None, seed: int = 0, chunk: int = 32,
     stop: Sequence[str] = (), decode: Decoder | None = None, exits: float | None = None,
-    on_tokens: OnTokens | None = None,
+    on_tokens: OnTokens | None = None, alpha: float | None = None,
 ) -> Result:  # fmt: skip
     """Up to max_new_tokens after each prompt; a row's tokens do not depend on the other rows."""
-    request = Request(prompts, max_new_tokens, sampling or Sampling(), stop_ids, seed, chunk, stop, decode, exits)
+    how = sampling or Sampling()
+    request = Request(prompts, max_new_tokens, how, stop_ids, seed, chunk, stop, decode, exits, alpha)
     result = Result([[] for _ in prompts], ["length"] * len(prompts), Stats())
     for news in stream(engine, request, result):
         for row, tokens in enumerate(news):
@@ -202,7 +204,8 @@ class _Run:
         self._check()
         stops = engine.eos if request.stop_ids is None else request.stop_ids
         sampling = request.sampling
-        self.how = How(sampling, sampling.numbers(), jnp.asarray(list(stops) or [DONE], jnp.int32), request.exits)
+        ends = jnp.asarray(list(stops) or [DONE], jnp.int32)
+        self.how = How(sampling, sampling.numbers(), ends, request.exits, request.alpha)
         self.seed = jax.random.key(request.seed) if request.keys is None else request.keys
         self.done, self.sent = [False] * len(self.lengths), [0] * len(self.lengths)
         self.left = np.full(len(self.lengths), request.max_new_tokens)
@@ -219,6 +222,9 @@ class _Run:
             raise EffcError(
                 f"generate: keys {list(self.request.keys.shape)}, want one for each of {len(self.lengths)} prompts"
             )
+        speculation, alpha = self.engine.speculation, self.request.alpha
+        if alpha is not None and alpha > deferral.LOSSLESS and not (speculation and speculation.rule):
+            raise EffcError(f"generate: alpha is {alpha:g}, but no deferral rule runs here, want none")
         if self.request.stop and self.request.decode is None:
             raise EffcError("generate: stop strings are given without a decoder, want `decode` (ids -> text)")
 

@@ -11,7 +11,7 @@ from effc.calibration.learn_then_test import Certificate, certify
 from effc.ir.core import Module
 from effc.ir.decoding import CASCADE, CERTIFIED
 from effc.passes.base import Notes
-from effc.passes.cascade.small import Cascading, with_decode
+from effc.passes.cascade.small import GAMMA, Cascading, with_decode
 from effc.passes.cascade.texts import Prompts, Speaking, certified_line, promise
 from effc.passes.draft import plan
 from effc.runtime.deferral import GRIDS
@@ -59,14 +59,17 @@ def has_rule(module: Module) -> bool:
 
 def without(module: Module) -> Module:
     """The same drafter for plain speculation."""
-    return with_decode(module, "speculative", **dict.fromkeys(["rule", "alpha", *CASCADE, *CERTIFIED]))
+    assert module.decode is not None
+    gamma = min(GAMMA, int(str(module.decode.attrs["gamma"])))
+    return with_decode(module, "speculative", gamma=gamma, **dict.fromkeys(["rule", "alpha", *CASCADE, *CERTIFIED]))
 
 
 def planned(made_by: Cascading, module: Module, engine: Engine, context: Context, notes: Notes) -> Module:
     """With measured costs and the gamma that pays; alone, a small model goes on while it is sure, whatever pays."""
     assert module.decode is not None
     if module.decode.strategy == "speculative":
-        return plan.foreseen(made_by.drafter(), module, engine, context, notes)
+        drafter = replace(made_by.drafter(), gamma=made_by.gamma)
+        return plan.foreseen(drafter, module, engine, context, notes)
     costs = plan.measure(plan.decoding(engine, module), int(str(module.decode.attrs["gamma"])))
     notes.chose(f"a token of the small model costs {costs.draft:.3f} steps of the large one")
     return with_decode(

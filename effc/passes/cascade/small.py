@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 
+GAMMA = 8
+"""Drafts at most, where it is not measured what pays: more of them stand than where the text is the target's own."""
+
 NEVER = -1e30
 """An alpha at which every rule defers always, until one is certified."""
 
@@ -162,4 +165,4 @@ def check_apart(name: str, small: Path, context: Context) -> None:
         )
 
 
-__all__ = ["AUTO", "NEVER", "Cascading", "check_apart", "part", "with_decode"]
+__all__ = ["AUTO", "GAMMA", "NEVER", "Cascading", "check_apart", "part", "with_decode"]

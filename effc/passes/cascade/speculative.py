@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from effc.ir.core import Module
 from effc.passes.base import Notes, option
-from effc.passes.cascade.small import AUTO, NEVER, Cascading, with_decode
+from effc.passes.cascade.small import AUTO, GAMMA, NEVER, Cascading, with_decode
 from effc.passes.draft.attach import Draft
 
 if TYPE_CHECKING:
     from effc.passes.context import Context
     from effc.weights import Store
-
-GAMMA = 8
-"""Drafts at most, where it is not measured what pays: more of them stand than where the text is the target's own."""
 
 
 @dataclass(frozen=True)

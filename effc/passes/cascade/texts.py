@@ -43,10 +43,11 @@ class Prompts:
         references = [row[made_by.prompt :] for row in rows] if made_by.risk else None
         return Prompts([row[: made_by.prompt] for row in rows], references, made_by)
 
-    def generate(self, engine: Engine) -> list[Result]:
-        """What the engine says after each, BATCH at a time."""
-        starts = range(0, len(self.rows), BATCH)
-        return [generate(engine, self.rows[at : at + BATCH], max_new_tokens=self.asked.tokens) for at in starts]
+    def generate(self, engine: Engine, **how: float) -> list[Result]:
+        """What the engine says after each, at most BATCH at a time; batches of one size as far as it goes."""
+        size = -(-len(self.rows) // -(-len(self.rows) // BATCH))
+        batches = [self.rows[at : at + size] for at in range(0, len(self.rows), size)]
+        return [generate(engine, rows, max_new_tokens=self.asked.tokens, **how) for rows in batches]  # type: ignore[arg-type]
 
     def losses(self, said: Sequence[list[int]], full: Sequence[list[int]]) -> list[float]:
         """In [0,1], of each text against the large model's or, for risk, how much worse than it."""
@@ -84,10 +85,7 @@ class Speaking:
 
     def say(self, alpha: float) -> list[list[int]]:
         """Texts at this alpha; it is a number of the loop, so nothing is compiled anew."""
-        speculation = self.engine.speculation
-        assert speculation is not None and speculation.cascade is not None
-        self.engine.speculation = replace(speculation, cascade=replace(speculation.cascade, asked=alpha))
-        results = self.prompts.generate(self.engine)
+        results = self.prompts.generate(self.engine, alpha=alpha)
         self.told[alpha] = counts([r.stats.draft for r in results if r.stats.draft])
         return [tokens for result in results for tokens in result.tokens]
 

@@ -65,8 +65,8 @@ def by_threshold(made_by: Cascade, module: Module, store: Store, context: Contex
 
 def _answered(engine: Engine, module: Module, prompts: Prompts) -> Answered:
     """Both models' answers to every prompt, as `generate` gives them."""
-    large, small = (_at(engine, module, threshold) for threshold in (1.0, 0.0))
-    first, full = prompts.generate(small), prompts.generate(large)
+    both = plan.decoding(engine, module)
+    first, full = (prompts.generate(both, exits=threshold) for threshold in (0.0, 1.0))
     sure = [one for result in first if result.stats.answers for one in result.stats.answers.confidences]
     said, whole = ([tokens for result in results for tokens in result.tokens] for results in (first, full))
     return Answered(sure, prompts.losses(said, whole))
