@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from effc.errors import EffcError
 from effc.runtime.cache import Cache, Rows
+from effc.runtime.kernels import on_tpu
 from effc.runtime.sampling import Numbers, choose, filtered, penalize
 
 NONE = -1
@@ -48,9 +49,18 @@ def reviewed(p: jax.Array, q: jax.Array, drafts: jax.Array, count: jax.Array, ke
     ok = chance * _of(q, drafts) < _of(p[:, :-1], drafts)
     accepted = _leading(ok & there)
     beyond = jnp.pad(jnp.where(there[:, :, None], q, 0), ((0, 0), (0, 1), (0, 0)))
-    left = residual(_at(p, accepted), _at(beyond, accepted))
     draw = jax.vmap(lambda key: jax.random.fold_in(key, 2))(_at(keys, accepted))
-    return Verdict(accepted, jax.vmap(jax.random.categorical)(draw, jnp.log(left)).astype(jnp.int32))
+    return Verdict(accepted, _drawn(_at(p, accepted), _at(beyond, accepted), draw))
+
+
+def _drawn(p: jax.Array, q: jax.Array, keys: jax.Array) -> jax.Array:
+    """i32[b]: a token of the residual of each row [b,V]; on TPUs a kernel draws the same."""
+    if on_tpu.wanted():
+        from effc.runtime.kernels.acceptance import reference, tpu  # Pallas takes half a second to import
+
+        if tpu.fits(p, q, keys):
+            return on_tpu.either(tpu.draw, reference.draw, p, q, jax.random.key_data(keys))
+    return jax.vmap(jax.random.categorical)(keys, jnp.log(residual(p, q))).astype(jnp.int32)
 
 
 def residual(p: jax.Array, q: jax.Array) -> jax.Array:
