@@ -35,7 +35,7 @@ def by_rule(made_by: Cascading, module: Module, store: Store, context: Context, 
     grid = GRIDS[rule]
     found = certify(speaking.losses, len(prompts.rows), delta=made_by.delta, epsilon=made_by.epsilon, grid=grid)
     if found.chosen is None:
-        notes.chose(f"plain speculation, nothing is deferred less: {found.reason('alpha')}")
+        notes.chose(f"plain speculation, the large model's own text: {found.reason('alpha')}")
         settled = planned(made_by, without(module), engine, context, notes)
         notes.measured = _numbers(rule, found, speaking, {}, notes, started)
         return settled
