@@ -136,8 +136,7 @@ class Step:
             rows = Rows.of(values, cache)
         else:
             rows = self._before.entries[len(self._after)]
-            stored = tuple(_grown(old, new, self.lengths) for old, new in zip(rows.values, values, strict=True))
-            rows = replace(rows, values=stored)
+            rows = replace(rows, values=_all_grown(rows.values, values, self.lengths))
         self._after.append(rows)
         return rows.all()
 
@@ -200,10 +199,24 @@ class Step:
         return Cache(self.lengths + grown, tuple(self._after))
 
 
-def _grown(old: Any, new: jax.Array, lengths: jax.Array) -> Any:
-    """As `append`; what is not by head is no layer that native regions know."""
+def _all_grown(olds: Sequence[Any], news: Sequence[jax.Array], lengths: jax.Array) -> tuple[Any, ...]:
+    """Of one op that looks back."""
+    if not on_tpu.wanted():
+        return tuple(_grown(old, new, lengths) for old, new in zip(olds, news, strict=True))
+    from effc.runtime.kernels.attention import choice  # Pallas takes half a second to import
+
+    return choice.append(write, olds, tuple(map(_alike, olds, news)), lengths)
+
+
+def _alike(old: Any, new: jax.Array) -> Any:
+    """new[b,t,...] as `old` keeps it."""
     if isinstance(old, coded.Split):
-        return jax.tree.map(partial(write, lengths=lengths), old, coded.Split.of(inner(new)))
+        return coded.Split.of(inner(new))
+    return coded.encode(inner(new), coded.kind_of(old)) if new.ndim == 4 else new.astype(old.dtype)
+
+
+def _grown(old: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
+    """As `append`; what is not by head is no layer that native regions know."""
     return append(old, new, lengths) if new.ndim == 4 else write(old, new, lengths)
 
 

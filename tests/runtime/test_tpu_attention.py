@@ -12,7 +12,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from effc.runtime import layers
-from effc.runtime.kernels.attention import reference, tiling, tpu
+from effc.runtime.cache import write
+from effc.runtime.kernels.attention import append, reference, tiling, tpu
 
 DRAWN = (Phase.explicit, Phase.generate)
 """Each case compiles anew: one that fails is shown as it was drawn."""
@@ -85,10 +86,10 @@ def test_many_cases(case: dict[str, Any]) -> None:
 
 def test_its_reference_is_what_layers_compute() -> None:
     q, keys, values, _, positions = drawn(5, 2, 3, 6, 2, 16, 40, "float32", "float32")
-    wide = (x.reshape(2, 2, 40, 16).swapaxes(1, 2) for x in (keys, values))
+    k, v = (x.reshape(2, 2, 40, 16).swapaxes(1, 2) for x in (keys, values))
     sinks = jnp.linspace(-1, 2, 6)
-    how = {"scale": 0.25, "window": 9, "softcap": 4.0}
-    want = layers.attention(q, *wide, positions, sinks=sinks, **how)
+    how: dict[str, Any] = {"scale": 0.25, "window": 9, "softcap": 4.0}
+    want = layers.attention(q, k, v, positions, sinks=sinks, **how)
     assert gap(reference.attend(q, keys, values, None, positions, sinks, **how), want) < 1e-6
 
 
@@ -105,3 +106,52 @@ def test_steps_are_as_long_as_pays() -> None:
     assert [tiling.block_of(llama, 8, kind) for kind in ("v5e", "v6e")] == [1024, 2048]
     assert tiling.block_of(llama, 1, "v5e") == 512, "the first fill counts where steps are few"
     assert (llama.pack, llama.tall) == (2, 8)
+
+
+# -- new rows in caches -------------------------------------------------------------------------------------
+
+
+APPENDED = st.fixed_dictionaries(
+    {
+        "b": st.integers(1, 3), "t": st.integers(1, 16), "g": st.sampled_from([1, 3, 8]),
+        "S": st.sampled_from([20, 64, 150, 256]), "d": st.sampled_from([8, 128]), "seed": st.integers(0, 2**31),
+    }
+)  # fmt: skip
+
+
+def check_append(case: dict[str, Any]) -> None:
+    """int8 codes, their scales, floats and halves in one call; rows may begin anywhere, at stretches' ends too."""
+    rng, b, n, t, S = np.random.default_rng(case["seed"]), case["b"], case["b"] * case["g"], case["t"], case["S"]
+    near = rng.choice([0, 30, 31, 32, 120, 127, S - t], b)
+    lengths = jnp.asarray(np.clip(near, 0, S - t), jnp.int32)
+    kinds = [((case["d"],), "int8"), ((case["d"],), "float32"), ((case["d"],), "bfloat16"), ((), "float32")]
+    olds, news = (
+        [jnp.asarray(rng.integers(-127, 128, (n, size, *rest)), kind) for rest, kind in kinds] for size in (S, t)
+    )
+    fit = [append.fits(old, t, b) for old in olds]
+    assert fit == [True] * 3 + [b == 1 or case["g"] == 8]
+    olds, news = ([x for x, taken in zip(values, fit, strict=True) if taken] for values in (olds, news))
+    have = append.append(olds, news, lengths, interpret=True)
+    for mine, old, new in zip(have, olds, news, strict=True):
+        np.testing.assert_array_equal(mine, write(old, new, lengths))
+
+
+@settings(max_examples=3, deadline=None, phases=DRAWN)
+@given(APPENDED)
+def test_rows_are_written_where_sequences_end(case: dict[str, Any]) -> None:
+    check_append(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, phases=DRAWN)
+@given(APPENDED)
+def test_many_rows(case: dict[str, Any]) -> None:
+    check_append(case)
+
+
+def test_rows_past_the_end_are_dropped() -> None:
+    """XLA would move them over what is there; those that fit are written."""
+    old, new = jnp.zeros((2, 40, 8)), jnp.arange(1.0, 49).reshape(2, 3, 8)
+    have = append.append([old], [new], jnp.asarray([38, 45]), interpret=True)[0]
+    np.testing.assert_array_equal(have[0, 38:], new[0, :2])
+    assert not have[0, :38].any() and not have[1].any()

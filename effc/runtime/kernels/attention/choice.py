@@ -1,4 +1,4 @@
-"""Attention of programs that may run on a TPU: the kernel there, XLA elsewhere and where the kernel does not fit."""
+"""Attention and caches of programs that may run on a TPU: kernels there, XLA elsewhere and where they do not fit."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ import jax
 from effc.runtime import coded
 from effc.runtime.coded import Split
 from effc.runtime.kernels import on_tpu
+from effc.runtime.kernels.attention import append as rows
 from effc.runtime.kernels.attention import tpu
 
 Plain = Callable[..., jax.Array]
 """(q, k[b,S,g,d], v, positions, sinks=) -> [b,t,h,d]."""
+
+Write = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(old, new, lengths) -> old with new in it."""
 
 
 def attend(
@@ -26,6 +30,23 @@ def attend(
     if not _fits(q, k, v):
         return here(q, k, v, positions, *more)
     return on_tpu.either(partial(_kernel, **how), here, q, k, v, positions, *more)
+
+
+def append(write: Write, olds: Any, news: Any, lengths: jax.Array) -> Any:
+    """olds, a tree of arrays [b*g,S,...], with news [b*g,t,...] of sequence i from row lengths[i] on."""
+    (old, tree), new = jax.tree.flatten(olds), jax.tree.leaves(news)
+    new = [mine.astype(kept.dtype) for mine, kept in zip(new, old, strict=True)]
+    fit = [n for n, x in enumerate(old) if rows.fits(x, new[n].shape[1], len(lengths))]
+    out = [x if n in fit else write(x, new[n], lengths) for n, x in enumerate(old)]
+    if fit:
+        given = [old[n] for n in fit], [new[n] for n in fit], lengths
+        made = on_tpu.either(rows.append, partial(_written, write), *given)
+        out = [made[fit.index(n)] if n in fit else x for n, x in enumerate(out)]
+    return jax.tree.unflatten(tree, out)
+
+
+def _written(write: Write, olds: list[jax.Array], news: list[jax.Array], lengths: jax.Array) -> list[jax.Array]:
+    return [write(old, new, lengths) for old, new in zip(olds, news, strict=True)]
 
 
 def _fits(q: jax.Array, k: Any, v: Any) -> bool:
