@@ -108,7 +108,9 @@ class Bench:
         last = "nothing" if found.chosen is None else f"alpha {found.chosen:g}"
         tried = ", ".join(f"{t.setting:g}: {t.mean:.4f}" for t in found.tried)
         print(f"{name}: certified {last} at delta {self.delta:g} ({found.reason('alpha') or tried})", flush=True)
-        picked = sorted({*_some(GRIDS[rule], self.each), *([] if found.chosen is None else [found.chosen])})
+        picked = sorted(
+            {*_some(GRIDS[rule], self.each), *(t.setting for t in found.tried if t.setting == found.chosen)}
+        )
         return [Way(name, alpha, engine, {"alpha": alpha}, alpha == found.chosen) for alpha in picked]
 
     def answers(self) -> list[Way]:

@@ -159,6 +159,19 @@ def test_a_rule_that_defers_always_is_the_plain_drafter(sampling: Sampling) -> N
 
 
 @MORE
+@pytest.mark.parametrize("rule", ["tokenv3", "opt", "lossy"])
+def test_a_cascade_that_is_switched_off_draws_as_if_it_were_not_there(rule: str) -> None:
+    """The stream of random numbers stays: alpha=-inf gives the plain drafter's samples, whatever ran before."""
+    plain = Engine(Program(toy(TARGET), {}, None, {"draft": toy(DRAFT)}, DECODE), {})
+    prompts, engine = [[1], [2, 3], [0]], cascade(rule, ALPHA[rule])
+    how = {"max_new_tokens": 24, "sampling": Sampling(temperature=1.2, top_k=3), "seed": 3}
+    want, on = generate(plain, prompts, **how), generate(engine, prompts, **how)
+    off = generate(engine, prompts, alpha=-float("inf"), **how)
+    assert off.tokens == want.tokens
+    assert on.tokens != want.tokens and generate(engine, prompts, **how).tokens == on.tokens
+
+
+@MORE
 def test_past_what_is_certified_and_for_samples_the_target_speaks_alone() -> None:
     plain = Engine(Program(toy(TARGET), {}), {})
     certified = cascade("tokenv3", 1.0, delta=0.1, tokens=6)
