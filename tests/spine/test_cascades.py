@@ -14,6 +14,7 @@ from effc.ir.core import Module
 from effc.passes.cascade import calibrate, texts
 from effc.passes.cascade.small import with_decode
 from effc.passes.draft import plan
+from effc.report import PassReport, Report, Side
 from effc.runtime.engine import Engine
 from effc.runtime.generate import generate
 from effc.weights import Store
@@ -117,3 +118,14 @@ def test_nothing_certified_leaves_the_large_model_alone(served) -> None:
     assert decode is not None and decode.attrs["threshold"] == 1.0 and "bound" not in decode.attrs
     assert "10 calibration prompts, want 59 at least" in told.choices[0]
     assert generate(found.engine, [PROMPT], max_new_tokens=8).tokens[0] == greedy(found.engine, PROMPT, 8)
+
+
+def test_the_page_shows_what_was_tried() -> None:
+    tried = [
+        {"alpha": -0.8, "loss": 0.0, "p": 1e-4, "certified": True, "deferral": 0.4},
+        {"alpha": -0.6, "loss": 0.2, "p": 0.7, "certified": False, "deferral": 0.3},
+    ]
+    measured = {"kind": "cascade", "rule": "opt", "tried": tried}
+    passes = [PassReport("speccascade", "guaranteed", 0.5, measured=measured)]
+    page = Report("m", "speccascade", "guaranteed", "bounded", Side(1, 4, 4), Side(1, 4, 4), passes).html()
+    assert '<th class="n">alpha</th>' in page and "0.2000" in page and "30.0 %" in page and "not certified" in page
