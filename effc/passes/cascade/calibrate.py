@@ -64,12 +64,17 @@ def without(module: Module) -> Module:
     return with_decode(module, "speculative", gamma=gamma, **dict.fromkeys(["rule", "alpha", *CASCADE, *CERTIFIED]))
 
 
-def planned(made_by: Cascading, module: Module, engine: Engine, context: Context, notes: Notes) -> Module:
+Known = tuple[plan.Costs, plan.Costs] | None
+
+
+def planned(
+    made_by: Cascading, module: Module, engine: Engine, context: Context, notes: Notes, known: Known = None
+) -> Module:
     """With measured costs and the gamma that pays; alone, a small model goes on while it is sure, whatever pays."""
     assert module.decode is not None
     if module.decode.strategy == "speculative":
         drafter = replace(made_by.drafter(), gamma=made_by.gamma)
-        return plan.foreseen(drafter, module, engine, context, notes)
+        return plan.foreseen(drafter, module, engine, context, notes, known)
     costs = plan.measure(plan.decoding(engine, module), int(str(module.decode.attrs["gamma"])))
     notes.chose(f"a token of the small model costs {costs.draft:.3f} steps of the large one")
     return with_decode(
@@ -87,9 +92,10 @@ def _faster(
     notes: Notes,
 ) -> tuple[Module, dict[str, float]]:  # fmt: skip
     """The cascade with its promise, or plain speculation where that is as fast; speeds of both."""
-    aside = Notes()
-    plainly = planned(made_by, without(module), engine, context, aside)
-    cascade = with_decode(planned(made_by, module, engine, context, notes), _strategy(module), **told)
+    aside, bare = Notes(), without(module)
+    known = plan.timed(replace(made_by.drafter(), gamma=made_by.gamma), bare, engine)
+    plainly = planned(made_by, bare, engine, context, aside, known)
+    cascade = with_decode(planned(made_by, module, engine, context, notes, known), _strategy(module), **told)
     notes.choices += [f"plain speculation: {line}" for line in aside.choices if line.startswith(("gamma", "declined"))]
     alone = Engine(replace(engine.program, decode={}), engine.params, engine.eos)
     ways = {PLAIN: alone, SPECULATION: plan.decoding(engine, plainly), CASCADED: plan.decoding(engine, cascade)}
@@ -97,9 +103,10 @@ def _faster(
     shown = f"x{speeds[CASCADED]:.2f} of {PLAIN}, {SPECULATION} x{speeds[SPECULATION]:.2f}"
     if speeds[CASCADED] > max(1.0, speeds[SPECULATION]) or made_by.force:
         notes.chose(f"{CASCADED}: {shown}, on the same prompts in turn")
-        return cascade, speeds
+        return with_decode(cascade, _strategy(cascade), measured=round(speeds[CASCADED], 3)), speeds
     notes.chose(f"plain speculation: {CASCADED} is not faster, {shown} (force=true cascades all the same)")
-    return plainly, speeds
+    drafts = int(str(plainly.decode.attrs["gamma"])) if plainly.decode else 0
+    return with_decode(plainly, "speculative", measured=round(speeds[SPECULATION], 3) if drafts else None), speeds
 
 
 def _numbers(

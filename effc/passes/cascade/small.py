@@ -161,7 +161,7 @@ def check_apart(name: str, small: Path, context: Context) -> None:
     if context.calib is not None and hashlib.sha256(context.calib.encode()).hexdigest() in learnt.values():
         raise PassError(
             f"{name}: {small} was trained on this --calib, where it does better than on new text, so a guarantee "
-            f"would not hold; want other text, or {AUTO} left for a number"
+            f"would not hold; want other text, or a number in place of {AUTO}"
         )
 
 

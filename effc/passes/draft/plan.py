@@ -76,12 +76,27 @@ def served(module: Module, store: Store) -> Engine:
         return Engine(program, load_params(file, program.params))
 
 
-def foreseen(made_by: Draft, module: Module, engine: Engine, context: Context, notes: Notes) -> Module:
-    """As `planned`; the engine is one of this program with these arrays, however it decodes."""
+def timed(made_by: Draft, module: Module, engine: Engine) -> tuple[Costs, Costs]:
+    """Of one sequence and of MANY at once; the engine is one of this program with these arrays."""
+    most = _most(made_by, module)
+    engine = decoding(engine, _with(module, {"gamma": most}))
+    return measure(engine, most), measure(engine, most, MANY)
+
+
+def _most(made_by: Draft, module: Module) -> int:
+    """Drafts that are thought of at most."""
     assert module.decode is not None
-    most = made_by.gamma or int(str(module.decode.attrs["gamma"]))
+    return made_by.gamma or int(str(module.decode.attrs["gamma"]))
+
+
+def foreseen(
+    made_by: Draft, module: Module, engine: Engine, context: Context, notes: Notes,
+    known: tuple[Costs, Costs] | None = None,
+) -> Module:  # fmt: skip
+    """As `planned`, the engine as for `timed`. known: what that gave; then the speed-up is left to be measured."""
+    most = _most(made_by, module)
+    costs, many = known or timed(made_by, module, engine)
     engine = decoding(engine, _with(module, {"gamma": most, "acceptance": _eager(module)}))
-    costs, many = measure(engine, most), measure(engine, most, MANY)
     levels, drafted = accepted(engine, costs, context, most)
     found = forecast(drafted, costs, [made_by.gamma] if made_by.gamma else range(1, most + 1))
     _say(costs, drafted, found, notes)
@@ -94,7 +109,7 @@ def foreseen(made_by: Draft, module: Module, engine: Engine, context: Context, n
     if found.speedup < WORTH and not made_by.force:
         notes.chose(f"declined: x{found.speedup:.2f} predicted, want x{WORTH:g} (force=true drafts all the same)")
         attrs |= {"gamma": 0}
-    else:
+    elif known is None:
         attrs |= {"measured": round(measured(engine, attrs, context), 3)}
         notes.chose(f"measured on the same prompts: x{attrs['measured']}, predicted x{found.speedup:.2f}")
     return _with(module, {**attrs, "of": fingerprint(module)})
@@ -232,4 +247,4 @@ def _say_many(costs: Costs, found: Forecast, notes: Notes) -> None:
     notes.chose(f"{MANY} sequences at once: T(k)/T(1) {shown}: {best}")
 
 
-__all__ = ["Costs", "Forecast", "decoding", "forecast", "foreseen", "measure", "planned", "served"]
+__all__ = ["Costs", "Forecast", "decoding", "forecast", "foreseen", "measure", "planned", "served", "timed"]
