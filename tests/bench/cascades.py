@@ -23,6 +23,7 @@ from effc.calibration.learn_then_test import certify
 from effc.errors import EffcError
 from effc.generator import Generator
 from effc.passes.cascade import SpecCascade
+from effc.passes.cascade.calibrate import SHORT
 from effc.passes.cascade.texts import Prompts, Speaking, counts
 from effc.passes.cascade.whole import GRID, Answered
 from effc.passes.draft.plan import measure
@@ -101,8 +102,9 @@ class Bench:
         alone = {"strategy": "cascade", "level": "token", "gamma": ALONE} if name == TOKEN else {}
         rule = "chow" if name == TOKEN else name
         engine = self.engine(rule=rule, alpha=0.5, **alone)
+        texts = self.engine(rule=rule, alpha=0.5, **{**alone, "gamma": SHORT})
         found = certify(
-            Speaking(engine, self.first).losses, len(self.first.rows), delta=self.delta, epsilon=self.epsilon,
+            Speaking(texts, self.first).losses, len(self.first.rows), delta=self.delta, epsilon=self.epsilon,
             grid=GRIDS[rule],
         )  # fmt: skip
         last = "nothing" if found.chosen is None else f"alpha {found.chosen:g}"

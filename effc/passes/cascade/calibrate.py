@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from effc.passes.context import Context
     from effc.weights import Store
 
+SHORT = 2
+"""Drafts at most where texts alone count, which do not depend on it: many rows at once, and those refused cost."""
+
 PLAIN, SPECULATION, CASCADED = "plain decoding", "plain speculation", "the cascade"
 
 
@@ -31,7 +34,7 @@ def by_rule(made_by: Cascading, module: Module, store: Store, context: Context, 
         return planned(made_by, module, engine, context, notes)
     engine.eos = tuple(context.tokenizer.eos_ids) if context.tokenizer else ()
     rule, prompts = rule_of(module), Prompts.of(made_by, context)
-    speaking = Speaking(plan.decoding(engine, module), prompts)
+    speaking = Speaking(plan.decoding(engine, with_decode(module, _strategy(module), gamma=SHORT)), prompts)
     grid = GRIDS[rule]
     found = certify(speaking.losses, len(prompts.rows), delta=made_by.delta, epsilon=made_by.epsilon, grid=grid)
     if found.chosen is None:
