@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from effc.runtime import layers
 from effc.runtime.cache import write
+from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.attention import append, reference, tiling, tpu
 
 DRAWN = (Phase.explicit, Phase.generate)
@@ -106,6 +107,13 @@ def test_steps_are_as_long_as_pays() -> None:
     assert [tiling.block_of(llama, 8, kind) for kind in ("v5e", "v6e")] == [1024, 2048]
     assert tiling.block_of(llama, 1, "v5e") == 512, "the first fill counts where steps are few"
     assert (llama.pack, llama.tall) == (2, 8)
+
+
+def test_codes_are_left_to_xla_where_the_matrix_unit_takes_none() -> None:
+    q, codes, floats = jnp.zeros((1, 1, 4, 16)), jnp.zeros((2, 64, 16), jnp.int8), jnp.zeros((2, 64, 16))
+    for generation, taken in (("v4", False), ("v5e", True), ("tpu7x", True)):
+        with on_tpu.traced(generation):
+            assert tpu.fits(q, codes, codes, 2) == taken and tpu.fits(q, floats, floats, 2)
 
 
 # -- new rows in caches -------------------------------------------------------------------------------------

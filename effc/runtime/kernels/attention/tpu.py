@@ -37,6 +37,9 @@ WIDEST = 16384
 
 VMEM = 64 * 2**20
 
+NO_INT8 = frozenset({"v4"})
+"""Generations whose matrix unit takes no int8: codes are XLA's there."""
+
 HIDDEN = -1e30
 """A score no key has; less would give NaN where a whole block is hidden."""
 
@@ -49,7 +52,8 @@ def fits(q: jax.Array, keys: jax.Array, values: jax.Array, g: int) -> bool:
     alike = keys.shape == values.shape and keys.dtype == values.dtype and keys.shape[2] == q.shape[3]
     kinds = keys.dtype.name in ("int8", "bfloat16", "float32") and q.dtype.name in ("bfloat16", "float32")
     few = 0 < q.shape[1] <= QUERIES and q.shape[2] % g == 0
-    return alike and kinds and few and g * q.shape[3] <= WIDEST and q.shape[3] % SUBLANES == 0
+    known = keys.dtype.name != "int8" or on_tpu.generation() not in NO_INT8
+    return alike and kinds and known and few and g * q.shape[3] <= WIDEST and q.shape[3] % SUBLANES == 0
 
 
 def attend(
