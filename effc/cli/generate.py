@@ -44,7 +44,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--threshold",
         type=float,
         metavar="X",
-        help="leave, or keep a small model's answer, at confidence X: no guarantee",
+        help="leave, or keep a small model's answer or token, at confidence X: no guarantee",
     )
     exits.add_argument("--alpha", type=float, metavar="X", help="of a cascade's rule: no guarantee")
     parser.add_argument("--stats", action="store_true", help="tokens/s on stderr at the end, and what drafts came to")

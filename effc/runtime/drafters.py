@@ -57,8 +57,10 @@ class Speculation:
         """A cascade's; nothing where what is drawn is the target's own distribution."""
         return self.cascade.rule if self.cascade else ""
 
-    def asking(self, alpha: float | None) -> Speculation:
-        """With this alpha of its cascade, whatever is certified; None as it is."""
+    def asking(self, alpha: float | None, threshold: float | None = None) -> Speculation:
+        """With this alpha of its cascade, whatever is certified, or threshold where that is by token; None as it is."""
+        if alpha is None and threshold is not None and self.cascade and self.cascade.alone:
+            alpha = deferral.LOSSLESS if threshold >= 1 else 1 - threshold
         if alpha is None or self.cascade is None:
             return self
         return replace(self, cascade=replace(self.cascade, asked=alpha))

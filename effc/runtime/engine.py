@@ -20,7 +20,7 @@ from effc.runtime.cache import Cache, cache_shapes, empty_cache, kept_as
 from effc.runtime.drafters import speculation_of
 from effc.runtime.drafting import Choice
 from effc.runtime.kernels.region.native import has_packed, packed, regions
-from effc.runtime.leaving import exits_of
+from effc.runtime.leaving import counted, exits_of
 from effc.runtime.program import Program
 from effc.runtime.sampling import Numbers, Sampling, choose, row_keys
 from effc.runtime.speculate import rolled_back
@@ -148,7 +148,7 @@ class Engine:
         if self.speculation is None:
             plain = how.greedy and not how.filters
             return self.exits.begin(state, new, how.exits, plain) if self.exits else state
-        speculation = self.speculation.asking(how.alpha)
+        speculation = self.speculation.asking(how.alpha, how.exits)
         state = speculation.begin(self.params, state, prompts, new, vocab, features, how.choice)
         args = (self.params, state, how.numbers)
         call = self.speculation.loop(how.choice, len(prompts)).first
@@ -234,7 +234,8 @@ def _decode(
     def turn(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
         i, state, out = carry
         logits, state = advance(params, state)
-        state = _choose(logits, state, numbers, stops, greedy=greedy, filters=filters)
+        chosen = _choose(logits, state, numbers, stops, greedy=greedy, filters=filters)
+        state = counted(chosen, ~state["done"])  # after the choice: a native region goes on up to there
         shown = jnp.where(state["done"], DONE, state["token"])
         return i + 1, state, lax.dynamic_update_slice(out, shown[:, None], (0, i))
 

@@ -152,7 +152,7 @@ class Request:
     chunk: int = 32
     stop: Sequence[str] = ()
     decode: Decoder | None = None
-    exits: float | None = None  # threshold of early exits or of whole answers, 1 never; None: the certified one
+    exits: float | None = None  # threshold of early exits or a plain cascade, 1 never; None: the certified one
     alpha: float | None = None  # of a cascade's rule, -inf defers always; None: as certified or set by hand
     keys: jax.Array | None = None  # one a row, instead of `seed`: what a row draws then depends on its own alone
 

@@ -196,6 +196,11 @@ def test_alone_the_small_model_goes_on_until_the_rule_defers() -> None:
     assert got.tokens == [text] and got.stats.draft
     assert deferred <= got.stats.draft.calls <= deferred + 39 // 7 + 1
     assert got.stats.draft.accepted == got.stats.draft.drafted
+    assert generate(alone, [[1]], max_new_tokens=40, exits=0.4).tokens == [text]
+    large = Engine(Program(toy(TARGET), {}), {})
+    assert (
+        generate(alone, [[1]], max_new_tokens=40, exits=1.0).tokens == generate(large, [[1]], max_new_tokens=40).tokens
+    )
 
 
 def test_a_drafter_that_copies_has_nothing_to_weigh() -> None:
