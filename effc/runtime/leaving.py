@@ -49,15 +49,23 @@ class Exits:
         return {**state, "exits": jax.tree.map(jnp.copy, own)}  # no array twice: they are donated
 
     def advance(self, params: Any, state: State) -> tuple[jax.Array, State]:
-        """Logits [b,1,V] after the token chosen last; the layers each row ran are counted."""
+        """Logits [b,1,V] after the token chosen last; the state has the layers each row ran, for `counted`."""
         own = state["exits"]
         written = state["cache"].lengths - own["begun"] + 1
         threshold = jnp.where(written < own["until"], own["threshold"], 1.0)
         progress = jnp.clip(written / own["total"], 0, 1)
         tokens = state["token"][:, None]
         logits, layers, cache = self.entry(params, tokens, state["cache"], threshold=threshold, progress=progress)
-        counts = own["counts"].at[layers[:, 0]].add((~state["done"]).astype(jnp.int32))
-        return logits, {**state, "cache": cache, "exits": {**own, "counts": counts}}
+        return logits, {**state, "cache": cache, "exits": {**own, "ran": layers[:, 0]}}
+
+
+def counted(state: State, going: jax.Array) -> State:
+    """The state with the layers counted that rows ran where going[b], where there are exits."""
+    if "ran" not in state.get("exits", {}):
+        return state
+    own = dict(state["exits"])
+    counts = own["counts"].at[own.pop("ran")].add(going.astype(jnp.int32))
+    return {**state, "exits": {**own, "counts": counts}}
 
 
 @dataclass(frozen=True)

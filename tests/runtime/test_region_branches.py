@@ -120,10 +120,24 @@ def test_ties_are_no_margin():
         assert (sure == 0).all()
 
 
-_MORE = [pytest.param(m, n, marks=pytest.mark.slow) for m in ("softmax", "softmax_max", "classifier") for n in (1, 3)]
+_MORE = [("softmax", 3), ("softmax_max", 1), ("softmax_max", 3), ("classifier", 1), ("classifier", 3)]
 
 
-@pytest.mark.parametrize(("measure", "batch"), [("softmax", 1), ("classifier", 3), *_MORE])
+@pytest.mark.parametrize("measure", ["softmax", "classifier"])
+def test_the_choice_of_the_token_is_in_the_call_and_the_count_of_layers_after_it(measure: str):
+    def chosen(p: Any, tokens: jax.Array, cache: Cache, threshold: Any) -> Any:
+        logits, ran, cache = extend(p, tokens, cache, threshold, measure=measure)
+        return jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32), ran[:, 0], cache
+
+    shapes = cache_shapes(lambda p, x: (None, extend(p, x, None, 1.0)[2]), params(), 1)
+    args = params(), jnp.zeros((1, 1), jnp.int32), empty_cache(shapes, 16), jnp.float32(0.5)
+    text = jax.jit(native.regions(chosen)).lower(*args).as_text()
+    assert text.count("custom_call @effc_region") == 1 and "stablehlo.reduce" not in text
+
+
+@pytest.mark.parametrize(
+    ("measure", "batch"), [("softmax", 1), *(pytest.param(*more, marks=pytest.mark.slow) for more in _MORE)]
+)
 def test_a_step_is_one_call_and_gives_what_loops_give(measure: str, batch: int):
     function = partial(extend, measure=measure)
     ours, plain = jax.jit(native.regions(function)), jax.jit(function)

@@ -48,8 +48,9 @@ def room(rows: int, width: int) -> Place:
 
 
 def is_view(step: Step) -> bool:
-    """Whether it computes nothing, or only what attention reads as it lies."""
-    return step.name in _VIEWS or is_layer(step, "held")
+    """Whether it computes nothing, or only what attention reads as it lies, or whole numbers that are only told."""
+    counts = step.name == "convert_element_type" and np.issubdtype(step.out().dtype, np.integer)
+    return counts or step.name in _VIEWS or is_layer(step, "held")
 
 
 def is_layer(step: Step, name: str) -> bool:
