@@ -16,6 +16,7 @@ from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedTok
 from effc.errors import EffcError, nearest
 from effc.passes import PASSES
 from effc.passes.base import Exactness, Pass, Phase
+from effc.passes.draft import Draft
 from effc.passes.mor import Mor
 
 _TWICE = "both code the same weights; keep one, e.g. quant4{rules=*.down:8} or mixed{bits=5} for a mix of widths"
@@ -32,11 +33,11 @@ _DRAFTS: Mapping[str, str] = {
     "for the large model's; drafts by lookup have no probabilities to be sure of",
 }
 
+_EXITS_DRAFT = "both say what drafts; write draft{kind=exits} for drafts by exits, or leave calm out"
+
 CONFLICTS: Mapping[frozenset[str], str] = {
     **{frozenset(pair): _TWICE for pair in combinations(("quant4", "quant8", "mixed", "qat"), 2)},
     frozenset({"kv8", "kv4"}): "both say how keys and values are kept; keep one",
-    frozenset({"calm", "draft"}): "both say how tokens are decoded; keep one: draft alone gives the model's own text, "
-    "calm alone text within a bound of it",
     **{frozenset({"calm", name}): _EXITS for name in ("speccascade", "cascade")},
     **{frozenset({"draft", name}): mend for name, mend in _DRAFTS.items()},
     frozenset(
@@ -126,6 +127,9 @@ def _check(passes: tuple[Pass, ...]) -> None:
         if pair <= set(names):
             first, second = sorted(pair, key=names.index)
             raise EffcError(f"--passes: '{first}' and '{second}' do not go together: {mend}")
+    for other in (p for p in passes if isinstance(p, Draft) and p.kind not in ("lookup", "exits")):
+        if "calm" in names:
+            raise EffcError(f"--passes: 'calm' and '{other}' do not go together: {_EXITS_DRAFT}")
     for routed in (p for p in passes if isinstance(p, Mor) and p.router != "none"):
         for name in (name for name in ROUTED if name in names):
             raise EffcError(f"--passes: '{routed}' and '{name}' do not go together: {ROUTED[name]}")

@@ -12,7 +12,7 @@ from effc.ir.types import Type
 
 STRATEGIES = ("greedy", "speculative", "early", "cascade")
 
-DRAFTERS = ("lookup", "model", "self", "head")
+DRAFTERS = ("lookup", "model", "self", "head", "exits")
 
 RULES = ("chow", "diff", "opt", "tokenv1", "tokenv2", "tokenv3", "lossy")
 
@@ -124,6 +124,10 @@ def _speculative(module: Module, attrs: Mapping[str, Attr | Ref], settings: Mapp
         yield f"kind={kind} {'wants' if kind != 'lookup' else 'has'} a function `drafter`"
     if (verify is not None) != (kind == "head"):
         yield "kind=head and a function `verify` go together"
+    if kind == "exits" and drafter is not None and not any(op.kind == "early" for op in drafter.ops):
+        yield f"kind=exits has drafter=@{drafter.name}, want a function with an op `early`"
+    if kind == "exits" and attrs.get("shared") is not True:
+        yield "kind=exits wants shared=true: what skipped layers keep is the target's cache"
     if drafter is not None:
         yield from _drafter(module, drafter, verify, attrs.get("vocab"))
 

@@ -162,6 +162,7 @@ def _chain(program: Program, params: Any, asked: Mapping[str, Any]) -> Speculati
     """A drafter that is a function of the program."""
     sizes, verify = _widths(asked), asked.get("verify")
     entry = _entry(program, str(asked.get("drafter")))
+    entry = _uncounted(entry) if asked.get("kind") == "exits" else entry
     shared = _shared(program, entry, params) if asked.get("shared") else 0
     limits = [limit for limit in (program.context, asked.get("context")) if limit is not None]
     cascade = _cascade(asked)
@@ -175,7 +176,7 @@ def _chain(program: Program, params: Any, asked: Mapping[str, Any]) -> Speculati
 
 
 KINDS: Mapping[str, Callable[[Program, Any, Mapping[str, Any]], Speculation]] = {
-    "lookup": _lookup, "model": _chain, "self": _chain, "head": _chain,
+    "lookup": _lookup, "model": _chain, "self": _chain, "head": _chain, "exits": _chain,
 }  # fmt: skip
 
 
@@ -185,6 +186,16 @@ def _shared(program: Program, entry: Callable[..., Any], params: Any) -> int:
     if part != whole[: len(part)]:
         raise EffcError("decode: the drafter's cache is not the beginning of the target's, want its first layers")
     return len(part)
+
+
+def _uncounted(early: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that tokens leave early, without the layers each ran."""
+
+    def call(params: Any, tokens: jax.Array, cache: Any = None, valid: jax.Array | None = None) -> Any:
+        logits, _, cache = early(params, tokens, cache, valid)
+        return logits, cache
+
+    return call
 
 
 def _entry(program: Program, name: str) -> Callable[..., Any]:

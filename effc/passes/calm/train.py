@@ -82,8 +82,9 @@ def with_exits(module: Module) -> tuple[Module, int]:
 
 
 def early_name(module: Module) -> str:
-    """The function that `decode` leaves early by."""
-    ref = module.decode.attrs["early"] if module.decode else None
+    """The function that `decode` leaves early by, or drafts by."""
+    attrs = module.decode.attrs if module.decode else {}
+    ref = attrs.get("early", attrs.get("drafter"))
     assert isinstance(ref, Ref)
     return ref.name
 

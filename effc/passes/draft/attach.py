@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from effc.ir.core import Attr, Decode, Module, Ref
 from effc.ir.types import Quant
 from effc.passes.base import Exactness, Notes, Pass, PassError, Phase, option
-from effc.passes.draft import head
+from effc.passes.draft import exits, head
 from effc.passes.draft import model as beside
 from effc.passes.draft.parts import PREFIX, cut
 from effc.weights import Lazy, Store
@@ -18,7 +18,7 @@ from effc.weights import Lazy, Store
 if TYPE_CHECKING:
     from effc.passes.context import Context
 
-GAMMA: Mapping[str, int] = {"lookup": 7, "model": 4, "int4": 4, "self": 3, "head": 3}
+GAMMA: Mapping[str, int] = {"lookup": 7, "model": 4, "int4": 4, "self": 3, "head": 3, "exits": 3}
 """Drafts at most, where it is not measured what pays."""
 
 MINUTES = 12.0
@@ -33,9 +33,10 @@ class Draft(Pass):
     exactness: ClassVar[Exactness] = Exactness.DISTRIBUTION_EXACT
     writes: ClassVar[frozenset[str]] = frozenset({"*"})
 
-    kind: Literal["lookup", "model", "int4", "self", "head"] = option(
-        "lookup", "what drafts: n-grams of the text so far, another model, a 4-bit copy, first layers, a trained head"
-    )
+    kind: Literal["lookup", "model", "int4", "self", "head", "exits"] = option(
+        "lookup", "what drafts: n-grams of the text so far, another model, a 4-bit copy, first layers, a trained head, "
+        "exits of calm (with calm that is what lookup means too)"
+    )  # fmt: skip
     gamma: int = option(0, "tokens drafted at most; 0 measures what pays, and drafts nothing where nothing does")
     model: str = option("", "checkpoint or artifact of kind=model, of the same vocabulary")
     layers: int = option(0, "layers of kind=self; 0 is a quarter of them")
@@ -44,9 +45,11 @@ class Draft(Pass):
     force: bool = option(False, "draft even where it was measured not to pay")
 
     def requires(self, module: Module) -> None:
-        if module.decode is None or module.decode.strategy != "greedy":
-            found = module.decode.strategy if module.decode else "none"
+        found = module.decode.strategy if module.decode else "none"
+        if found not in (("greedy", "early") if self.kind in ("lookup", "exits") else ("greedy",)):
             raise PassError(f"{self.name}: decode is {found} already, want greedy")
+        if self.kind == "exits" and found != "early":
+            raise PassError(f"{self.name}: kind=exits, but the module has none, want calm beside draft")
         if self.gamma < 0 or self.layers < 0 or self.vocab < 0:
             raise PassError(f"{self.name}: gamma, layers and vocab, want 0 or more")
         if (self.kind == "model") != bool(self.model):
@@ -61,6 +64,8 @@ class Draft(Pass):
                 raise PassError(f"{self.name}: @{coded[0]} is quantized already, want a drafter attached before that")
 
     def run(self, module: Module, notes: Notes) -> Module:
+        if module.decode and module.decode.strategy == "early":
+            return exits.attached(module, self.gamma or GAMMA["exits"], notes)
         attrs: dict[str, Attr | Ref] = {"forward": Ref(module.forward().name), "kind": self._loop()}
         if self.kind == "head":
             module, more = head.head_attached(self.name, module, self._vocab(module)), {"verify": Ref("verify")}
