@@ -19,6 +19,7 @@ from effc.passes import runner
 from effc.passes.draft.plan import decoding, served
 from effc.pipeline import Pipeline
 from effc.runtime.cache import Cache
+from effc.runtime.chain import Chain
 from effc.runtime.engine import Engine
 from effc.runtime.generate import generate
 from effc.weights import Store
@@ -70,7 +71,7 @@ def test_drafts_by_exits_leave_the_text_as_the_full_model_writes_it(exits_draft:
 
 def rows_are_written_again(machine: Engine) -> None:
     """Drafts leave other rows in the skipped layers' caches than the model does; verification leaves the model's."""
-    assert machine.speculation is not None
+    assert machine.speculation is not None and isinstance(machine.speculation.drafter, Chain)
     extend, draft = jax.jit(machine.program.extend), jax.jit(machine.speculation.drafter.entry)
     tokens = jnp.asarray([[4, 8, 15, 16, 23]])
     _, before = extend(machine.params, tokens[:, :3], machine.empty(1, 16))
