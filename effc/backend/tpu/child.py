@@ -77,10 +77,12 @@ def _lowered(space: Mapping[str, Any], tokens: int, request: Mapping[str, Any]) 
 
     batch, extend = request["batch"], space["extend"]
     params = abstract_params(space["PARAMS"])
-    cache = jax.eval_shape(lambda: empty_cache(cache_shapes(extend, params, batch), request["context"]))
+    chip = request["target"].partition(":")[0]
+    with on_tpu.traced(chip):  # caches are as such programs keep them; this trace's calls are not the program's
+        cache = jax.eval_shape(lambda: empty_cache(cache_shapes(extend, params, batch), request["context"]))
     ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
     place = _placed(request["target"])
-    with on_tpu.traced() as calls:
+    with on_tpu.traced(chip) as calls:
         lowered = jax.jit(extend, donate_argnums=2).lower(*(place(tree) for tree in (params, ids, cache)))
     return lowered, calls
 
