@@ -151,7 +151,7 @@ def level_dtype(quant: Quant) -> type:
     return np.int8 if quant.form == "int" else np.float32
 
 
-def _rounded(scale: Array, quant: Quant) -> Array:
+def kept_scale(scale: Array, quant: Quant) -> Array:
     """The scale as stored, back in f32; 1 where it vanished or nearly did, so that dividing is safe."""
     with np.errstate(over="ignore"):
         scale = np.abs(scale) if quant.scale == POWERS else scale  # powers of two have no sign
@@ -176,14 +176,14 @@ def _percentile(x: Array) -> Array:
 def _absmax(x: Array, reach: Array, quant: Quant) -> tuple[Array, Array]:
     """The magnitude to reach at half a step past the last code: no smaller one errs by more than half a step."""
     past = 0.5 if quant.form == "int" else 0.0
-    scale = _rounded(reach / (limits(quant)[1] + past), quant)
+    scale = kept_scale(reach / (limits(quant)[1] + past), quant)
     return nearest_codes(x, scale, quant), scale
 
 
 def _asymmetric(x: Array, quant: Quant, share: float) -> tuple[Array, Array, Array]:
     low, high = limits(quant)
     least, most = np.minimum(x.min(1, keepdims=True), 0) * share, np.maximum(x.max(1, keepdims=True), 0) * share
-    scale = _rounded((most - least) / (high - low), quant)
+    scale = kept_scale((most - least) / (high - low), quant)
     zero = np.clip(np.rint(low - least / scale), low, high)
     return np.clip(np.rint(x / scale) + zero, low, high), scale, zero
 
@@ -194,7 +194,7 @@ def _asymmetric_search(x: Array, quant: Quant, weight: Array | None) -> tuple[Ar
     error = _error(x, best - zero, scale, weight)
     for share in SHRUNK:
         codes, tried, around = _asymmetric(x, quant, share)
-        tried = _rounded(_fit(x, codes - around, tried, weight), quant)
+        tried = kept_scale(_fit(x, codes - around, tried, weight), quant)
         wrong = _error(x, codes - around, tried, weight)
         better = wrong < error
         for kept, new in ((best, codes), (scale, tried), (zero, around), (error, wrong)):
@@ -210,9 +210,9 @@ def _least_squares(x: Array, quant: Quant, weight: Array | None) -> tuple[Array,
         x.max(1, keepdims=True) > -x.min(1, keepdims=True), x.max(1, keepdims=True), x.min(1, keepdims=True)
     )
     for fraction in POWERS_GRID if quant.scale == POWERS else GRID:
-        tried = _rounded(extreme * (fraction / limits(quant)[0]), quant)
+        tried = kept_scale(extreme * (fraction / limits(quant)[0]), quant)
         codes = nearest_codes(x, tried, quant)
-        tried = _rounded(_fit(x, codes, tried, weight), quant)
+        tried = kept_scale(_fit(x, codes, tried, weight), quant)
         wrong = _error(x, codes, tried, weight)
         better = wrong < error
         np.copyto(best, codes, where=better)

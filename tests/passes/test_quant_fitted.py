@@ -20,6 +20,7 @@ from effc.passes import PassError, Quant4, Quant8, Smooth, runner
 from effc.passes.base import Notes
 from effc.passes.context import Context
 from effc.passes.quant.budget import Choice, spend
+from effc.passes.quant.clipping import clipped
 from effc.passes.quant.coding import Coder, How
 from effc.passes.quant.gptq import gptq, inverse_root
 from effc.passes.quant.rules import parse_rules
@@ -191,6 +192,15 @@ def test_awq_beats_rounding_where_channels_differ_and_never_loses() -> None:
     even = Seen(1, np.eye(64, dtype=np.float32), np.ones(64, np.float32), np.ones(64, np.float32))
     scale, _ = awq(even, [(w, lambda w, importance: rounded(w, quant, "mse", importance))], index)
     assert _left(even, w, quant, scale) <= _left(even, w, quant, np.ones(64))
+
+
+@pytest.mark.parametrize("quant", [Quant(3, 32), Quant(4, 16, sym=False), Quant(4, 0), Quant(4, 32, form="nf4")])
+def test_clip_search_lessens_what_outputs_lose(quant: Quant) -> None:
+    x = RNG.standard_normal((400, 64)) @ (np.eye(64) + RNG.standard_normal((64, 64)) / 4)
+    square, w = (x.T @ x).astype(np.float32), RNG.standard_normal((64, 48)).astype(np.float32)
+    codes, scales, zeros = clipped(w, square, quant, "mse")
+    plain = rounded(w, quant, "mse", np.diagonal(square).copy())
+    assert output_error(spread(codes, scales, zeros, quant.group) - w, square) < 0.95 * output_error(plain - w, square)
 
 
 def test_a_small_matrix_counts_as_much_as_a_large_one_beside_it() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from effc.ir.core import Module, Param, param_uses
 from effc.ir.types import Quant
 from effc.passes.base import Notes
+from effc.passes.quant.clipping import clipped
 from effc.passes.quant.gptq import gptq
 from effc.passes.quant.scaling import awq, output_error
 from effc.passes.quant.sites import Folded, Site, sites
@@ -100,6 +101,8 @@ class Coder:
     def _codes(self, w: Array, square: Array, quant: Quant) -> tuple[Array, Array, Array]:
         if self.how.gptq:
             return gptq(w, square, quant, self.how.scaling, ordered=self.how.ordered)
+        if self.how.scaling == "mse":
+            return clipped(w, square, quant, self.how.scaling)
         return code(w, quant, self.how.scaling, np.diagonal(square).copy())
 
     def _note(self, param: Param, w: Array, wrong: Array, square: Array) -> None:
