@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,5 +21,5 @@ def test_the_error_is_the_root_of_the_singular_values_left_out(rows: int, column
         assert (b.shape, a.shape) == ((rows, rank), (rank, columns))
         errors.append(float(np.linalg.norm(residual - b @ a)))
         assert abs(errors[-1] - np.sqrt((singular[rank:] ** 2).sum())) < 1e-4
-    assert all(later <= earlier + 1e-5 for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier + 1e-5 for earlier, later in pairwise(errors))
     assert errors[min(rows, columns)] < 1e-4
