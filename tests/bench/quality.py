@@ -58,7 +58,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--calib", type=Path)
     parser.add_argument("--eval", action="append", help="text to judge on, may be given again; - for help topics")
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--heal", type=Budget.parse, help="of each pipeline that trains: 15m, 300 steps")
+    parser.add_argument("--heal", type=Budget.parse, help="of each pipeline that trains: 15m, or 300 for steps")
     parser.add_argument("--llama", action="store_true", help="llama.cpp's figures for SmolLM2, and the targets")
     args = parser.parse_intermixed_args(words)
     model = open_model(args.model)
