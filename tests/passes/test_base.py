@@ -26,7 +26,7 @@ def test_every_option_is_spelled_back_and_has_a_meaning(cls: type[Pass]) -> None
         assert str(Pipeline.parse(spelled)) == spelled
 
 
-ONCE = {"mor", "calm", "draft"}
+ONCE = {"mor", "calm", "draft", "speccascade", "cascade"}
 """What they make they do not take."""
 
 TWO_LAYERS = {"mor": {"share": "cycle"}}

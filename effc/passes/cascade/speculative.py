@@ -24,15 +24,17 @@ class _Drafter(Draft):
 
 @dataclass(frozen=True)
 class SpecCascade(Cascading):
-    """Speculative cascade: drafts of a small model stand where `rule` keeps them, though the large one would say
-    other things. tokenv3 at alpha=0 is not lossless (it keeps the large model's likeliest token): below 0 it is."""
+    """Speculative cascade: drafts of a small model stand where a rule keeps them, unlike the large model's or not."""
 
     name: ClassVar[str] = "speccascade"
 
     rule: Literal["tokenv3", "tokenv2", "tokenv1", "opt", "diff", "chow", "lossy"] = option(
         "tokenv3", "what is kept, by the probabilities of both models; lossy is speculation with lenience, a baseline"
     )
-    alpha: str = option(AUTO, "how much is kept; auto: the most that is certified to lose at most delta")
+    alpha: str = option(
+        AUTO,
+        "how much is kept; auto: the most certified to lose at most delta; tokenv3 is lossless below 0, not at 0",
+    )
     vocab: int = option(8192, "tokens that kind=self and kind=head can draft, those used most; 0 is all")
 
     def setting(self) -> tuple[str, str]:
