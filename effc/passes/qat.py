@@ -106,7 +106,7 @@ class Qat(WeightPass):
         fitted = context.fit(
             self._loss(model, teacher, told),
             {"student": fake.loose(model.params), "teacher": teacher.params},
-            context.batches(self.rows),
+            context.batches_beside(self.rows),
             Plan(context.budget, lr=self.lr, clip=0.0, seed=context.seed),
             trainable={"student": fake.trainable(told, self.dense), "teacher": False},
             evaluate=lambda tree: look(fake.faked(told, tree["student"])),
