@@ -177,6 +177,8 @@ def transform(
 def _asked(settings: Settings) -> tuple[Pipeline, Budget | None]:
     """The pipeline, and the budget for its training where one was given."""
     pipeline = Pipeline.parse(settings.passes)
+    for one in pipeline.passes:
+        one.check_files()
     asked = Budget.parse(settings.heal) if settings.heal else None
     healing.check_asked(pipeline, asked)
     return pipeline, asked

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class EffcError(Exception):
     """Something the user can mend: printed as one line, exit code 1, no traceback."""
+
+
+def check_exists(path: Path, where: str = "") -> None:
+    """EffcError for a file or folder that is not there, with the nearest name beside it."""
+    if path.exists():
+        return
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    told = f"{where}: " if where else ""
+    raise EffcError(f"{told}{path}: no such file or folder{nearest(path.name, siblings)}")
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

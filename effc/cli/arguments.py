@@ -113,10 +113,12 @@ class _Module(argparse.Action):
         namespace.module = f"{name}({inputs}" if inputs else name
 
 
-def output_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """Where an artifact goes."""
-    group = parser.add_argument_group("output")
-    group.add_argument("-o", "--output", type=Path, required=required, metavar="DIR", help="artifact to write")
+def output_options(parser: argparse.ArgumentParser, *, default: str = "") -> None:
+    """Where an artifact goes: has to be said where there is no `default`."""
+    group, told = parser.add_argument_group("output"), f" (default: {default})" if default else ""
+    group.add_argument(
+        "-o", "--output", type=Path, required=not default, metavar="DIR", help=f"artifact to write{told}"
+    )
     group.add_argument("--force", action="store_true", help="replace an artifact that is there")
 
 

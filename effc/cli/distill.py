@@ -43,7 +43,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--from", dest="teacher", type=Path, required=True, metavar="TEACHER", help="its teacher")
     parser.add_argument("--layers", help="no STUDENT, but layers of the teacher: how many (5), or which (0,3,6,11)")
     parser.add_argument("--config", default="{}", metavar="JSON", help="arguments for FUNC")
-    output_options(parser, required=True)
+    output_options(parser)
     _training(parser)
     measuring_options(parser).add_argument(
         "--no-baseline", action="store_true", help="do not train on the text alone as well"

@@ -17,7 +17,6 @@ from effc.cli.arguments import (
     verb,
     work_options,
 )
-from effc.errors import EffcError
 
 if TYPE_CHECKING:
     from effc.driver import Settings
@@ -46,7 +45,7 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--max-memory", type=memory, default=0, metavar="SIZE", help="stop, writing nothing, where it takes more: 3GB"
     )
     parser.add_argument("--export", action="store_true", help="also write StableHLO programs (jax.export)")
-    output_options(parser, required=False)
+    output_options(parser, default="NAME-effc here, by the model's name")
     measuring_options(parser)
     _ir_options(parser)
     model_options(parser)
@@ -87,17 +86,16 @@ def _ir_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    out: Path | None = args.output
-    if out is None and not args.dry_run:
-        raise EffcError("optimize: nowhere to write, want -o DIR (or --dry-run)")
     from effc import driver
     from effc.frontend.checkpoints import open_checkpoint
 
     source = open_checkpoint(args.model, module=args.module, dtype=args.dtype)
-    if args.dry_run or out is None:
+    if args.dry_run:
         show(args, driver.plan(source, _settings(args)))
-    else:
-        show(args, driver.optimize(source, out, _settings(args), progress_console()))
+        return
+    out, console = args.output or Path(f"{source.name.replace('/', '-')}-effc"), progress_console()
+    show(args, driver.optimize(source, out, _settings(args), console))
+    console.print(f"written: {out}", highlight=False, soft_wrap=True)
 
 
 def _settings(args: argparse.Namespace) -> Settings:

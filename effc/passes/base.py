@@ -10,9 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import IntEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from effc.errors import EffcError, nearest
+from effc.errors import EffcError, check_exists, nearest
 from effc.ir.core import Module
 from effc.weights import Lazy, Store
 
@@ -96,9 +97,9 @@ class Option:
 Value = bool | int | float | str
 
 
-def option(default: Any, doc: str) -> Any:
-    """A dataclass field with a default and one line for `effc passes`."""
-    return field(default=default, metadata={"doc": doc})
+def option(default: Any, doc: str, *, file: bool = False) -> Any:
+    """A dataclass field with a default and one line for `effc passes`; `file` where it names a file or folder."""
+    return field(default=default, metadata={"doc": doc, "file": file})
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,12 @@ class Pass(ABC):
 
     def requires(self, module: Module) -> None:  # noqa: B027
         """Raise PassError for a module it cannot take."""
+
+    def check_files(self) -> None:
+        """EffcError for an option that names a file or folder that is not there: asked before any work."""
+        for f in fields(self):
+            if f.metadata.get("file") and (path := getattr(self, f.name)):
+                check_exists(Path(path), f"{self.name}: {f.name}")
 
     def weights(self, before: Module, after: Module, store: Store) -> Store:
         """The store of `after`, read through that of `before`: nothing is computed yet."""

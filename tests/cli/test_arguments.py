@@ -66,7 +66,7 @@ MISTAKES = {
     "generate m --max-tokens 0 --prompt hi": "generate: argument --max-tokens: 0, want 1 or more",
     "generate m --seed x": "generate: argument --seed: invalid int value: 'x'",
     "generate m": "generate: no prompt, want --prompt TEXT (- for stdin) or --batch FILE",
-    "optimize m": "optimize: nowhere to write, want -o DIR (or --dry-run)",
+    "optimize m": "m: no such file or folder",
     "optimize": "optimize: the following arguments are required: model",
     "verify a b": "unrecognized arguments: b",
     "passes quant5": "passes: no pass 'quant5', want one of ",

@@ -106,6 +106,17 @@ def test_misspelt_option_of_a_pass(tiny: Path, out: Path, refused: Refused) -> N
     assert nothing_left(out)
 
 
+@pytest.mark.parametrize("name", ["draft", "speccascade", "cascade"])
+def test_files_that_options_name_are_looked_for_first(
+    name: str, tiny: Path, out: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "lower", lambda source: pytest.fail("work began"))
+    kind = "{kind=model," if name == "draft" else "{"
+    asked = f"{name}{kind}model={tiny.with_name(tiny.name + 's')}}}"
+    refused(optimize(tiny, out, "--passes", asked), f"{name}: model: ", "no such file or folder; did you mean")
+    assert nothing_left(out)
+
+
 def test_misspelt_option_of_the_command(tiny: Path, out: Path, refused: Refused) -> None:
     refused(optimize(tiny, out, "--calb", "x"), "optimize: no option '--calb'; did you mean '--calib'?")
     assert nothing_left(out)

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from effc import driver
 from effc.cli import main
+from effc.errors import EffcError
 from effc.ir import dump, parse
 
 Capture = pytest.CaptureFixture[str]
@@ -30,6 +32,17 @@ def said(capsys: Capture) -> Callable[..., str]:
 
 
 Said = Callable[..., str]
+
+
+def test_optimize_alone_writes_beside_where_it_runs(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def told(source: object, out: Path, *rest: object) -> None:
+        raise EffcError(f"it goes to {out}")
+
+    monkeypatch.setattr(driver, "optimize", told)
+    assert main(["optimize", str(tiny), "--passes", "quant4"]) == 1
+    assert capsys.readouterr().err == f"effc: it goes to {tiny.name}-effc\n"
 
 
 def test_optimize_reports_and_leaves_an_artifact(artifact: Path, said: Said) -> None:

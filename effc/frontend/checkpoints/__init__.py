@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from effc.errors import EffcError, nearest
+from effc.errors import EffcError, check_exists
 from effc.frontend import tokenizer
 from effc.frontend.checkpoints import folder, hf, msgpack
 from effc.frontend.checkpoints.folder import save_checkpoint
@@ -38,7 +38,7 @@ def open_checkpoint(
     names. Code that `module`, or the effc.json in a checkpoint, names is run: open only what you trust.
     """
     path = Path(path)
-    _exists(path)
+    check_exists(path)
     try:
         source = _read(path, module, dict(config or {}), check_dtype(dtype) if dtype else None)
     except OSError as error:
@@ -83,13 +83,6 @@ def _open_gguf(file: Path, dtype: np.dtype | None) -> Source:
     except ModuleNotFoundError as error:
         raise EffcError(f"{file}: reading GGUF needs the {error.name} package: pip install 'effc[gguf]'") from None
     return gguf.open_gguf(file, dtype or F32)
-
-
-def _exists(path: Path) -> None:
-    if path.exists():
-        return
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise EffcError(f"{path}: no such file or folder{nearest(path.name, siblings)}")
 
 
 def _listing(path: Path) -> str:

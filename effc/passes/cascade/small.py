@@ -41,9 +41,11 @@ class Cascading(Pass):
         AUTO,
         "the small model: another one, a 4-bit copy, first layers, a trained head; auto: model where model is given",
     )
-    model: str = option("", "checkpoint or artifact of kind=model, of the same vocabulary")
+    model: str = option("", "checkpoint or artifact of kind=model, of the same vocabulary", file=True)
     layers: int = option(0, "layers of kind=self; 0 is a quarter of them")
-    lessons: str = option("", "file of prompts, one a line: kind=self and kind=head learn from the target's answers")
+    lessons: str = option(
+        "", "file of prompts, one a line: kind=self and kind=head learn from the target's answers", file=True
+    )
     gamma: int = option(0, "tokens drafted at most; 0 measures what pays")
     delta: float = option(0.05, "mean loss of text against the large model's that is allowed, 0 to 1")
     epsilon: float = option(0.05, "chance of the calibration that the guarantee may fail")

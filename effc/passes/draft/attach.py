@@ -38,10 +38,12 @@ class Draft(Pass):
         "exits of calm (with calm that is what lookup means too)"
     )  # fmt: skip
     gamma: int = option(0, "tokens drafted at most; 0 measures what pays, and drafts nothing where nothing does")
-    model: str = option("", "checkpoint or artifact of kind=model, of the same vocabulary")
+    model: str = option("", "checkpoint or artifact of kind=model, of the same vocabulary", file=True)
     layers: int = option(0, "layers of kind=self; 0 is a quarter of them")
     vocab: int = option(8192, "tokens that kind=self and kind=head can draft, those used most; 0 is all")
-    prompts: str = option("", "file of prompts, one a line: kind=self and kind=head learn from the target's answers")
+    prompts: str = option(
+        "", "file of prompts, one a line: kind=self and kind=head learn from the target's answers", file=True
+    )
     force: bool = option(False, "draft even where it was measured not to pay")
 
     def requires(self, module: Module) -> None:
