@@ -17,7 +17,7 @@ from effc.errors import EffcError
 from effc.runtime.cache import Cache, Rows, cache_shapes
 from effc.runtime.coded import Split
 from effc.runtime.kernels import on_tpu
-from effc.runtime.kernels.matmul import native
+from effc.runtime.kernels.matmul import native, tpu
 from effc.runtime.program import Program
 from effc.runtime.qarray import QArray
 
@@ -43,7 +43,7 @@ def export_programs(
     if importlib.util.find_spec("flatbuffers") is None:
         raise EffcError("export: jax.export writes through the flatbuffers package, want it installed")
     _register()
-    extend = _portable(program.extend)
+    extend, params = _portable(program.extend), exported_params(params)
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     cache = _grown(cache_shapes(extend, weights, batch), capacity)
     count = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -55,6 +55,15 @@ def export_programs(
     ]
     (folder / "README.md").write_text(_readme(programs, batch, prompt, capacity))
     return programs
+
+
+def exported_params(params: Any) -> Any:
+    """The tree that exported programs take: arrays in the form that TPU kernels read, codes one an element."""
+    return jax.tree.map(lambda x: tpu.prepared(x) if _coded(x) else x, params, is_leaf=_coded)
+
+
+def _coded(x: Any) -> bool:
+    return isinstance(x, QArray)
 
 
 def _portable(extend: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,11 +153,16 @@ _TELLS = """# Exported programs
 Serialized `jax.export` programs for {batch} sequence(s), prompts padded to {prompt} tokens and a cache of
 {capacity} tokens. `params` is the tree that `program.py` describes in `PARAMS`; `lengths` says how many
 tokens each sequence holds and grows with each call; `valid` says how many tokens of a padded prompt count.
+Quantized arrays are as TPU kernels read them: `exported_params` makes them so, once.
 
 ```python
 from pathlib import Path
-from effc.backend.to_stablehlo import load_exported
+from effc.backend.to_python import load_program
+from effc.backend.to_stablehlo import exported_params, load_exported
+from effc.runtime.weights import load_params
 
+program = load_program(Path("../program.py").read_text())
+params = exported_params(load_params(Path("../model.safetensors"), program.params))
 prefill = load_exported(Path("prefill.bin"))
 logits, cache = prefill(params, tokens, cache, valid)
 ```

@@ -9,6 +9,8 @@ from importlib import metadata
 from types import FrameType
 from typing import NoReturn
 
+from effc.backend.tpu.absent import quiet
+
 SCHEDULER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 """XLA's CPU scheduler otherwise keeps dequantized matrices of many layers at once: 1.8 times the memory."""
 
@@ -19,6 +21,8 @@ KNOWN_BEFORE = (0, 13)
 def prepare() -> None:
     """Set up this process and those it starts; JAX must not have been imported yet."""
     signal.signal(signal.SIGTERM, _interrupted)
+    for name, value in quiet().items():
+        os.environ.setdefault(name, value)
     release = tuple(int(part) for part in metadata.version("jax").split(".")[:2])
     flags = os.environ.get("XLA_FLAGS", "")
     if release < KNOWN_BEFORE and "jax" not in sys.modules and SCHEDULER.split("=")[0] not in flags:

@@ -208,10 +208,10 @@ def _all_grown(olds: Sequence[Any], news: Sequence[jax.Array], lengths: jax.Arra
     return choice.append(write, olds, tuple(map(_alike, olds, news)), lengths)
 
 
-def _alike(old: Any, new: jax.Array) -> Any:
-    """new[b,t,...] as `old` keeps it."""
+def _alike(old: Any, new: jax.Array) -> jax.Array:
+    """new[b,t,...] as `old` keeps it; for a Split, which is made of it where it is written, floats."""
     if isinstance(old, coded.Split):
-        return coded.Split.of(inner(new))
+        return inner(new)
     return coded.encode(inner(new), coded.kind_of(old)) if new.ndim == 4 else new.astype(old.dtype)
 
 

@@ -22,7 +22,8 @@ KINDS = ("float", "f16", "i8", "i4")
 
 _KIND = {"float16": "f16", "int8": "i8", "uint8": "i4"}
 _LARGEST = 65504.0  # of f16
-_STEPS = {"i8": 127.5, "i4": 7.5}
+STEPS = {"i8": 127.5, "i4": 7.5}
+"""Half of what a row's greatest magnitude is cut into."""
 _LANES = 128
 
 
@@ -41,8 +42,8 @@ class Split:
     @staticmethod
     def of(x: jax.Array) -> Split:
         """Of values [n,S,d]."""
-        codes, scales = _codes(x.astype(jnp.float32), _STEPS["i8"])
-        return Split(to_lanes(codes), scales, x.shape[-1])
+        whole, scales = codes(x.astype(jnp.float32), STEPS["i8"])
+        return Split(to_lanes(whole), scales, x.shape[-1])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,15 +78,15 @@ def encode(x: jax.Array, kind: str) -> jax.Array:
     wide = x.astype(jnp.float32)
     if kind == "f16":
         return jnp.clip(wide, -_LARGEST, _LARGEST).astype(jnp.float16)
-    codes, scale = _codes(wide, _STEPS[kind])
+    whole, scale = codes(wide, STEPS[kind])
     tail = lax.bitcast_convert_type(scale, jnp.uint8)  # [...,4]
     if kind == "i8":
-        return jnp.concatenate([codes, lax.bitcast_convert_type(tail, jnp.int8)], axis=-1)
-    low, high = jnp.split((codes + 8).astype(jnp.uint8), 2, axis=-1)
+        return jnp.concatenate([whole, lax.bitcast_convert_type(tail, jnp.int8)], axis=-1)
+    low, high = jnp.split((whole + 8).astype(jnp.uint8), 2, axis=-1)
     return jnp.concatenate([low | high << 4, tail], axis=-1)
 
 
-def _codes(x: jax.Array, steps: float) -> tuple[jax.Array, jax.Array]:
+def codes(x: jax.Array, steps: float) -> tuple[jax.Array, jax.Array]:
     """int8[...,d] and a scale f32[...] a row."""
     most = jnp.max(jnp.abs(x), axis=-1)
     scale = jnp.where(most == 0, 1.0, most / steps)

@@ -120,6 +120,8 @@ def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
 def embed(ids: jax.Array, table: Weight, *, dtype: Any = None) -> jax.Array:
     """Rows of table[V,d] at ids[...] -> [...,d]; the ids must be in 0..V-1."""
     if isinstance(table, QArray | Packed):
+        if isinstance(table, QArray) and table.axis == -1:
+            return quantized.rows(table, ids).astype(dtype or jnp.float32)
         if table.axis == -1:
             return table.rows(ids).dequantize(dtype or jnp.float32)
         return jnp.take(table.dequantize(dtype or jnp.float32), ids, axis=0)

@@ -7,8 +7,8 @@ so the last group is short where the axis is not a multiple of the group; codes 
 Held in memory: `codes` has the array's own shape: int8 for 5 to 8 bits; for 2 to 4 bits
 uint8 with two codes a byte along the last axis, element 2j in the low four bits of byte j and
 element 2j+1 in the high four, each two's complement; an odd last axis leaves the last high half 0.
-`scales` (f32, f16, bf16, or powers of two: f8e8m0) has ceil(K / group) in place of K; `zeros`, where there are
-any, is like it.
+`scales` (f32, f16, bf16, powers of two: f8e8m0; prepared for a TPU, f16 are int16 by their bits) has
+ceil(K / group) in place of K; `zeros`, where there are any, is like it.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class QArray:
         packed = self.bits <= 4 and self.codes.dtype != jnp.int4
         return unpack(self.codes, self.width) if packed else self.codes[..., : self.width].astype(jnp.int8)
 
-    def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
-        """The array it stands for, computed in f32."""
-        values = self._values()
+    def dequantize(self, dtype: Any = jnp.float32, codes: jax.Array | None = None) -> jax.Array:
+        """The array it stands for, computed in f32; codes: as f32, where they are known."""
+        values = self._values() if codes is None else codes
         if self.zeros is not None:
             values = values - self._spread(self.zeros)
         return (values * self._spread(self.scales)).astype(dtype)
@@ -74,7 +74,7 @@ class QArray:
     def _spread(self, values: jax.Array) -> jax.Array:
         """f32, one an element."""
         kept = values[..., : self.width] if self.axis == -2 else values  # prepared for a TPU, columns are padded
-        return spread_groups(kept.astype(jnp.float32), group=self.group, axis=self.axis, extent=self.shape[self.axis])
+        return spread_groups(floats(kept), group=self.group, axis=self.axis, extent=self.shape[self.axis])
 
     def _values(self) -> jax.Array:
         """What each code stands for, f32."""
@@ -90,6 +90,25 @@ class QArray:
         zeros = None if self.zeros is None else jnp.take(self.zeros, ids, axis=0)
         codes, scales = jnp.take(self.codes, ids, axis=0), jnp.take(self.scales, ids, axis=0)
         return replace(self, codes=codes, scales=scales, zeros=zeros)
+
+    def plain(self) -> QArray:
+        """Prepared for a TPU, it has columns to whole lanes and halves as their bits; here it is without."""
+        if self.scales.dtype != jnp.int16 and self.codes.shape[-1] <= self.width:
+            return self
+        halves = self.scales.dtype == jnp.int16
+        values = [_halves(v) if halves and v is not None else v for v in (self.scales, self.zeros)]
+        scales, zeros = (v if v is None or self.axis == -1 else v[..., : self.width] for v in values)
+        assert scales is not None
+        return replace(self, codes=self.codes[..., : self.width], scales=scales, zeros=zeros)
+
+
+def floats(values: jax.Array) -> jax.Array:
+    """f32 of scales or zero points; int16 are half floats by their bits."""
+    return (_halves(values) if values.dtype == jnp.int16 else values).astype(jnp.float32)
+
+
+def _halves(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float16)
 
 
 def spread_groups(values: jax.Array, *, group: int, axis: int, extent: int) -> jax.Array:

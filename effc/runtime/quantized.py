@@ -41,7 +41,19 @@ def matmul(x: jax.Array, w: QArray | Packed, layout: str) -> jax.Array:
     return here(x, w)
 
 
+def rows(table: QArray, ids: jax.Array) -> jax.Array:
+    """f32[...,D]: rows of table[V,D], grouped along D, at ids[...]; programs that may run on a TPU carry a kernel."""
+    if on_tpu.wanted() and table.form == "int":
+        from effc.runtime.kernels.lookup import reference, tpu  # Pallas takes half a second to import
+
+        if tpu.fits(table.codes) and ids.size:
+            codes = on_tpu.either(tpu.rows, reference.rows, table.codes, ids.reshape(-1))
+            return table.rows(ids).dequantize(codes=codes.reshape(*ids.shape, -1))
+    return table.rows(ids).dequantize()
+
+
 def _here(x: jax.Array, w: QArray, layout: str) -> jax.Array:
+    w = w.plain()
     if w.codes.dtype != jnp.int4 and native.fits(x, w, layout) and native.available():
         return native.matmul(x, w, layout)
     return by_xla(x, w, layout)
@@ -49,10 +61,10 @@ def _here(x: jax.Array, w: QArray, layout: str) -> jax.Array:
 
 def by_xla(x: jax.Array, w: QArray, layout: str) -> jax.Array:
     """The same of XLA's own ops, on any machine."""
-    few = x.shape[0] <= FEW and w.codes.dtype != jnp.int4 and w.form == "int"
+    few = x.shape[0] <= FEW and w.form == "int"
     if layout == "kn" and few and w.axis == -2 and _block(w):
         return _by_groups(x, w, _block(w))
-    if layout == "nk" and few and w.axis == -1 and _even(w) and not (x.shape[0] == 1 and w.bits > 4):
+    if layout == "nk" and few and w.axis == -1 and _even(w) and not (x.shape[0] == 1 and not _paired(w)):
         return _by_outputs(x, w)
     axes = (((1,), (0 if layout == "kn" else 1,)), ((), ()))
     return lax.dot_general(x, w.dequantize(), axes)
@@ -69,6 +81,11 @@ def _block(w: QArray) -> int:
 def _even(w: QArray) -> bool:
     """Whether rows of codes are whole groups of whole bytes."""
     return w.width % (w.group or w.width) == 0 and (w.group or w.width) % 2 == 0
+
+
+def _paired(w: QArray) -> bool:
+    """Whether codes lie two a byte."""
+    return w.bits <= 4 and w.codes.dtype != jnp.int4
 
 
 def _halves(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -90,7 +107,7 @@ def _by_groups(x: jax.Array, w: QArray, block: int) -> jax.Array:
         at = i * block // group
         return tuple(
             out + _scaled(rows, half, scales, zeros, at)
-            for out, half, (scales, zeros) in zip(total, _codes(codes, w.bits), parts, strict=True)
+            for out, half, (scales, zeros) in zip(total, _codes(codes, _paired(w)), parts, strict=True)
         )
 
     empty = jnp.zeros((x.shape[0], w.codes.shape[1]), jnp.float32)
@@ -100,13 +117,13 @@ def _by_groups(x: jax.Array, w: QArray, block: int) -> jax.Array:
     return y + x[:, -rest:] @ _last_rows(w, rest).dequantize() if rest else y
 
 
-def _codes(codes: jax.Array, bits: int) -> tuple[jax.Array, ...]:
-    return _halves(codes) if bits <= 4 else (codes.astype(jnp.float32),)
+def _codes(codes: jax.Array, paired: bool) -> tuple[jax.Array, ...]:
+    return _halves(codes) if paired else (codes.astype(jnp.float32),)
 
 
 def _columns(w: QArray) -> list[tuple[jax.Array, jax.Array | None]]:
     """Scales and zeros f32[groups,columns]: of all columns, or packed ones' even and odd."""
-    if w.bits > 4:
+    if not _paired(w):
         return [(w.scales.astype(jnp.float32), None if w.zeros is None else w.zeros.astype(jnp.float32))]
 
     def half(values: jax.Array, odd: int) -> jax.Array:
@@ -134,7 +151,7 @@ def _by_outputs(x: jax.Array, w: QArray) -> jax.Array:
     """w[N,K]: a block of rows at a time; the last block may overlap the one before (slices move inwards)."""
     outputs, extent = w.shape
     block = min(_OUTPUTS, outputs)
-    halves = [x[:, 0::2].T, x[:, 1::2].T] if w.bits <= 4 else [x.T]
+    halves = [x[:, 0::2].T, x[:, 1::2].T] if _paired(w) else [x.T]
     groups = extent // (w.group or extent)
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
@@ -144,7 +161,7 @@ def _by_outputs(x: jax.Array, w: QArray) -> jax.Array:
         )
         assert codes is not None and scales is not None
         y = jnp.zeros((block, x.shape[0]), jnp.float32)
-        for half, values in zip(_codes(codes, w.bits), halves, strict=True):
+        for half, values in zip(_codes(codes, _paired(w)), halves, strict=True):
             grouped = half.reshape(block, groups, -1)
             grouped = grouped if zeros is None else grouped - zeros.astype(jnp.float32)[:, :, None]
             y = y + (grouped * scales.astype(jnp.float32)[:, :, None]).reshape(block, -1) @ values

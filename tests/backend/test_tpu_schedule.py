@@ -53,6 +53,18 @@ def test_the_pipelines_own_stage_is_the_step() -> None:
     assert isinstance(found, schedule.Kernel) and found.step == 40
 
 
+def test_bodies_inside_of_the_pipelines_stage_run_now_and_then() -> None:
+    """Or, of a kernel whose steps may have nothing to do, the longest of them is the step."""
+    text, rows = dump(loop=60, trip=10, skip=(4, 56))
+    lines = text.splitlines()
+    for at, to in ((8, 17), (15, 45)):
+        lines[at] = f"  {hex(at)}   : > {{ %7 = sbr.rel (%p8) target bundleno = {to} (0x0), region = 4 }}"
+    found = schedule.parse("k", "\n".join(lines), rows)
+    assert isinstance(found, schedule.Kernel) and (found.step, found.rare) == (60 - 4 - 25, 4 + 25)
+    found = schedule.parse("k", "\n".join(lines), rows, conditional=True)
+    assert isinstance(found, schedule.Kernel) and (found.step, found.rare) == (60 - 4, 4)
+
+
 def test_no_number_is_given_where_the_dump_is_not_understood() -> None:
     bundles, rows = dump(loop=40, trip=10)
     found = schedule.parse("k", bundles, rows + "\n0 0 0 0 0 0 0 0 0 0 0")
@@ -64,18 +76,24 @@ def test_no_number_is_given_where_the_dump_is_not_understood() -> None:
 def test_an_estimate_is_fill_steps_and_what_is_around() -> None:
     chip = generation("v5e:2x2")
     kernel = {
-        "name": "k", "calls": 2, "step_bytes": 546_000.0, "steps": 8, "cycles": 500, "units": {"VALU": 400.0},
-        "spills": 0,
+        "name": "matmul_k", "calls": 2, "step_bytes": 546_000.0, "steps": 8, "cycles": 500, "units": {"VALU": 400.0},
+        "spills": 0, "rare": 80, "times": 1, "vmem": 2 << 20,
     }  # fmt: skip
     found = {
-        "tokens": 1, "kernels": [kernel], "ops": {"fusion": 4}, "copies": [], "bytes_accessed": 2 * 8 * 546_000 + 819e3,
+        "tokens": 1, "kernels": [kernel], "ops": {"fusion": 4}, "copies": [], "around_cycles": 6000,
         "argument_bytes": 10**9, "temporary_bytes": 0, "program_bytes": 0,
     }  # fmt: skip
     made = estimate("decode", found, chip)
-    assert made.kernels[0].binding == "HBM" and made.kernels[0].ratio == pytest.approx(0.5, rel=1e-3)
-    assert made.kernels[0].seconds == pytest.approx(2 * (1000 + 7 * 1000 + 500) / 1.5e9, rel=1e-3)
-    assert made.around_seconds == pytest.approx(1e-6 + 4 * 0.5e-6) and made.fits
+    [one] = made.kernels
+    assert one.binding == "HBM" and one.ratio == pytest.approx((500 + 80 / 8) / 1000, rel=1e-3)
+    assert one.seconds == pytest.approx(2 * (1000 + 7 * 1000 + 500) / 1.5e9, rel=1e-3), "80 more fit under HBM's"
+    assert one.compute_seconds == pytest.approx(2 * (8 * 500 + 80) / 1.5e9)
+    assert one.memory_seconds == pytest.approx(2 * 8 * 1000 / 1.5e9, rel=1e-3) and one.hbm_bytes == 8 * 546_000
+    assert made.around_seconds == pytest.approx(6000 / 1.5e9 + 2 * 0.5e-6) and made.fits
     assert json.dumps(made.json())
+    slow = estimate("decode", {**found, "kernels": [{**kernel, "rare": 700}]}, chip).kernels[0]
+    assert slow.seconds - one.seconds == pytest.approx(2 * 200 / 1.5e9, rel=1e-2), "of 500 + 700, 1000 are hidden"
+    assert ahead.Compiled("v5e:2x2", 1, [made]).table()
 
 
 def test_a_target_of_no_known_generation() -> None:
@@ -90,11 +108,13 @@ def test_parameters_as_shapes_in_the_form_that_kernels_read() -> None:
     table = {"layers": {"q": "3 * q4{group=32,sym,scale=f16}[64,48]"}, "norm": "f32[64]"}
     tree = abstract_params(table)
     assert len(tree["layers"]) == 3 and str(tree["layers"][0]["q"].codes.dtype) == "int4"
-    assert tree["layers"][0]["q"].scales.shape == (2, 48) and tree["norm"] == jax.ShapeDtypeStruct((64,), "float32")
+    scales = tree["layers"][0]["q"].scales
+    assert scales.shape == (2, 128) and scales.dtype == "int16", "whole lanes, and halves as their bits"
+    assert tree["norm"] == jax.ShapeDtypeStruct((64,), "float32")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed")
-def test_without_the_compiler_it_says_what_to_install() -> None:
+def test_without_the_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EffcError, match=r"pip install 'effc\[tpu\]'"):
         ahead.compile_ahead(parse(TINY.read_text()), "v5e:2x2")
 

@@ -22,7 +22,7 @@ from effc.runtime import exits, layers
 from effc.runtime.cache import Cache, Rows, Step, cache_shapes, empty_cache, write
 from effc.runtime.coded import Split
 from effc.runtime.kernels import on_tpu
-from effc.runtime.kernels.attention import append, reference, tpu
+from effc.runtime.kernels.attention import append, choice, reference, tpu
 from effc.runtime.recursion import Gathered
 from effc.runtime.weights import parse_spec
 
@@ -48,14 +48,14 @@ def forced(monkeypatch: pytest.MonkeyPatch, interpret: bool = True) -> Iterator[
         return tpu(*arrays, interpret=True) if interpret else tpu(*arrays)
 
     def referred(*args: Any, **how: Any) -> jax.Array:
-        on_tpu.note("reference", 0.0, 0)
+        on_tpu.note(on_tpu.Call("reference", 0.0, 0))
         return reference.attend(*args, **how)
 
     with monkeypatch.context() as patch, on_tpu.traced() as calls:
         patch.setattr(on_tpu, "either", taken)
         if not interpret:
             patch.setattr(tpu, "attend", referred)
-            patch.setattr(append, "append", lambda olds, news, at: [write(*both, at) for both in zip(olds, news)])
+            patch.setattr(append, "append", partial(choice._all_written, write))
         yield calls
 
 

@@ -1,4 +1,4 @@
-"""Parameters of an emitted program as shapes alone, in the form that TPU kernels read."""
+"""Parameters of an emitted program as shapes alone, as they are made ready for TPUs when they are loaded."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from effc.runtime.forms import BITS, row_bytes
+from effc.runtime.kernels.matmul import tpu
 from effc.runtime.primitives import dtype_of
 from effc.runtime.program import Table
 from effc.runtime.qarray import QArray
@@ -38,9 +39,10 @@ def _array(spec: Spec) -> jax.ShapeDtypeStruct | QArray:
     grouped = list(spec.shape)
     grouped[axis] = math.ceil(spec.shape[axis] / (group or spec.shape[axis]))
     scales = jax.ShapeDtypeStruct(tuple(grouped), dtype_of(spec.quant.get("scale", "f32")))
-    codes = jax.ShapeDtypeStruct(spec.shape, jnp.int4 if bits <= 4 and form == "int" else jnp.int8)
-    if form != "int" and bits <= 4:  # no kernel takes these: held two a byte
-        codes = jax.ShapeDtypeStruct((*spec.shape[:-1], row_bytes(spec.shape[-1], bits)), jnp.uint8)
+    codes = jax.ShapeDtypeStruct(spec.shape, jnp.int8)
+    if bits <= 4:
+        codes = jax.ShapeDtypeStruct((*spec.shape[:-1], row_bytes(spec.shape[-1], 4)), jnp.uint8)
     zeros = None if "sym" in spec.quant else scales
     # A tree of shapes: the class does not look at what it holds.
-    return QArray(codes, scales, zeros, bits, group, axis, spec.shape[-1], form)  # type: ignore[arg-type]
+    stored = QArray(codes, scales, zeros, bits, group, axis, spec.shape[-1], form)  # type: ignore[arg-type]
+    return jax.eval_shape(tpu.prepared, stored)

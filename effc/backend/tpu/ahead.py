@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rich.text import Text
 
 from effc.backend.to_python import emit
 from effc.backend.tpu.child import environment
-from effc.backend.tpu.estimate import Estimate, estimate
+from effc.backend.tpu.estimate import Estimate, KernelTime, estimate
 from effc.backend.tpu.hardware import generation
 from effc.errors import EffcError
 from effc.ir.core import Module
@@ -57,7 +58,9 @@ def compile_ahead(module: Module, target: str, *, batch: int = 1, context: int =
     if importlib.util.find_spec("libtpu") is None:
         raise EffcError("compile: the TPU compiler is not installed, want it: pip install 'effc[tpu]'")
     source = emit(module)
-    return Compiled(target, batch, [_one(source, name, target, chip, batch, context) for name in CALLS])
+    with ThreadPoolExecutor(os.cpu_count()) as side_by_side:
+        made = side_by_side.map(lambda name: _one(source, name, target, chip, batch, context), CALLS)
+        return Compiled(target, batch, list(made))
 
 
 def _one(source: str, name: str, target: str, chip: Generation, batch: int, context: int) -> Estimate:
@@ -82,18 +85,29 @@ def _asked(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+_COLUMNS = (
+    "calls", "HBM MB", "VMEM MB", "cycles", "HBM cycles", "ratio", "binds", "spills", "compute us",
+    "memory us", "us",
+)  # fmt: skip
+
+
 def _shown(program: Estimate) -> list[Any]:
     table = Table(title=_title(program), title_justify="left")
-    for heading in ("kernel", "calls", "steps", "cycles", "HBM cycles", "ratio", "binds", "spills", "us"):
-        table.add_column(heading, justify="left" if heading in ("kernel", "binds") else "right")
+    table.add_column("kernel", overflow="fold", min_width=20)
+    for heading in _COLUMNS:
+        table.add_column(heading, justify="left" if heading == "binds" else "right")
     for k in program.kernels:
-        ratio = "-" if k.ratio is None else f"{k.ratio:.2f}"
-        cycles = k.why or str(k.cycles)
         table.add_row(
-            k.name, str(k.calls), str(k.steps), cycles, f"{k.hbm_cycles:.0f}", ratio, k.binding, str(k.spills),
-            f"{1e6 * k.seconds:.1f}",
+            k.name, str(k.calls), f"{k.hbm_bytes / 1e6:.2f}", f"{k.vmem_bytes / 1e6:.1f}", k.why or _cycles(k),
+            f"{k.hbm_cycles:.0f}", "-" if k.ratio is None else f"{k.ratio:.2f}", k.binding, str(k.spills),
+            f"{1e6 * k.compute_seconds:.1f}", f"{1e6 * k.memory_seconds:.1f}", f"{1e6 * k.seconds:.1f}",
         )  # fmt: skip
     return [table, *(Text(line) for line in _lines(program))]
+
+
+def _cycles(kernel: KernelTime) -> str:
+    """Of a steady step, and what other steps do besides, spread over all."""
+    return f"{kernel.cycles}" + (f"+{kernel.rare:.0f}" if kernel.rare >= 1 else "")
 
 
 def _title(program: Estimate) -> str:
@@ -105,8 +119,10 @@ def _lines(program: Estimate) -> list[str]:
     others, share = sum(program.ops.values()), program.around_seconds / program.seconds
     fits = "fits" if program.fits else "does NOT fit"
     lines = [
-        f"XLA around the kernels: {others} ops, {share:.0%} of the time",
+        f"around the kernels: {others} ops of XLA's and beginning each kernel, {share:.0%} of the time",
         f"{program.roofline:.0%} of the weight-streaming roofline; "
         f"{program.argument_bytes / 1e6:.0f} MB of arguments, {program.temporary_bytes / 1e6:.0f} MB temporary: {fits}",
     ]
-    return lines + [f"weights are copied: {len(program.copies)} times, e.g. {program.copies[0]}"] * bool(program.copies)
+    if program.copies:
+        lines.append(f"weights are copied: {len(program.copies)} times, e.g. {program.copies[0]}")
+    return lines

@@ -16,20 +16,33 @@ from pathlib import Path
 from typing import Any
 
 from effc.backend.tpu import schedule
+from effc.backend.tpu.absent import ABSENT
 
 _OP = re.compile(r"^ +(?:ROOT )?%\S+ = (\S+) ([a-z\-]+)\(", re.MULTILINE)
-_FREE = frozenset({"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-done", "after-all"})
+_FREE = frozenset(
+    {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "copy-start", "copy-done", "after-all"}
+    | {"slice-start", "slice-done", "async-start", "async-done"}
+)
+"""Ops without code of their own; copies that run beside others are the memory's, and counted as bytes."""
+
+_KERNEL = 'custom_call_target="tpu_custom_call"'
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+_SIZES = re.compile(r'"([\w<>-]+?)(?:\.\d+)?": \{\s*"blocks": \[.*?"total_size": (\d+)', re.DOTALL)
+
+
+_READ = ".*(packed-bundles-post-ra|pre-delay).*"
+"""Dumps that `schedule` reads: all others, some seventy a kernel, would take thirty times as long as compiling."""
 
 
 def environment(dump: Path) -> dict[str, str]:
     """What the TPU compiler wants to find where there is no TPU."""
     flags = {
         "dump_to": str(dump), "dump_llo_text": "true", "emit_annotations": "true", "debug_level": "2",
+        "dump_llo_pass_label_regex": _READ,
     }  # fmt: skip
     return {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
+        **ABSENT,
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
@@ -52,15 +65,15 @@ def compiled(space: Mapping[str, Any], tokens: int, request: Mapping[str, Any], 
     lowered, calls = _lowered(space, tokens, request)
     done = lowered.compile()
     memory, text = done.memory_analysis(), done.as_text()
-    cost = done.cost_analysis() or {}
     counts = Counter(call.name for call in calls)
-    kernels = [_kernel(dump.parent, call, counts[call.name]) for call in dict.fromkeys(calls)]
+    vmem = _vmem(dump.parent)
+    kernels = [_kernel(dump.parent, call, counts[call.name], vmem) for call in dict.fromkeys(calls)]
     return {
         "tokens": tokens * request["batch"],
         "kernels": kernels,
         "ops": dict(_ops(text)),
+        "around_cycles": _cycles(text),
         "copies": _weight_copies(text, lowered),
-        "bytes_accessed": cost.get("bytes accessed", 0.0),
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "program_bytes": memory.generated_code_size_in_bytes,
@@ -81,13 +94,13 @@ def _lowered(space: Mapping[str, Any], tokens: int, request: Mapping[str, Any]) 
     with on_tpu.traced(chip):  # caches are as such programs keep them; this trace's calls are not the program's
         cache = jax.eval_shape(lambda: empty_cache(cache_shapes(extend, params, batch), request["context"]))
     ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
-    place = _placed(request["target"])
+    place = placed(request["target"])
     with on_tpu.traced(chip) as calls:
         lowered = jax.jit(extend, donate_argnums=2).lower(*(place(tree) for tree in (params, ids, cache)))
     return lowered, calls
 
 
-def _placed(target: str) -> Callable[[Any], Any]:
+def placed(target: str) -> Callable[[Any], Any]:
     """Shapes on one device of a topology that need not be there."""
     import jax
     import numpy as np
@@ -103,18 +116,37 @@ def _placed(target: str) -> Callable[[Any], Any]:
     return place
 
 
-def _kernel(dump: Path, call: Any, count: int) -> dict[str, Any]:
-    found = schedule.read(dump, call.name)
-    own = {"name": call.name, "calls": count, "step_bytes": call.step_bytes, "steps": call.steps}
+def _kernel(dump: Path, call: Any, count: int, vmem: Mapping[str, int]) -> dict[str, Any]:
+    found = schedule.read(dump, call.name, conditional=call.conditional)
+    own = {
+        "name": call.name, "calls": count, "step_bytes": call.step_bytes, "steps": call.steps, "times": call.times,
+        "vmem": vmem.get(call.name, call.vmem),
+    }  # fmt: skip
     if isinstance(found, schedule.Unparsed):
         return own | {"unparsed": found.why}
-    return own | {"cycles": found.step, "units": found.units, "spills": found.spills}
+    return own | {"cycles": found.step, "rare": found.rare, "units": found.units, "spills": found.spills}
+
+
+def _vmem(dump: Path) -> dict[str, int]:
+    """Bytes that each kernel has in VMEM, by its name without the number at the end, from the compiler's report."""
+    out: dict[str, int] = {}
+    for file in dump.glob("*vmem_report.html"):
+        for name, size in _SIZES.findall(file.read_text()):
+            out[name] = max(out.get(name, 0), int(size))
+    return out
 
 
 def _ops(text: str) -> Counter[str]:
-    """What the scheduled entry computation runs, by kind; what costs nothing left out."""
+    """What the scheduled entry computation runs, by kind; what costs nothing, and lone numbers, left out."""
     entry = text[text.index("\nENTRY ") :]
-    return Counter(kind for _, kind in _OP.findall(entry) if kind not in _FREE)
+    found = Counter(kind for shape, kind in _OP.findall(entry) if kind not in _FREE and "S(6)" not in shape)
+    return found - Counter({"custom-call": entry.count(_KERNEL)})
+
+
+def _cycles(text: str) -> int:
+    """Of XLA's own ops, as the compiler itself reckons them: schedule, memory and what it takes to begin one."""
+    entry = text[text.index("\nENTRY ") :].splitlines()
+    return sum(int(found[1]) for line in entry if _KERNEL not in line and (found := _CYCLES.search(line)))
 
 
 def _weight_copies(text: str, lowered: Any) -> list[str]:

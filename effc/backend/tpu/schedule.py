@@ -3,6 +3,8 @@
 Two files are read for each kernel: its bundles after register allocation, with branches resolved, and a
 row of unit use for each bundle. The last dump of all leaves out the empty bundles that wait, so it is
 never counted. A Pallas grid is one loop: the longest back edge; its trip count is the grid's steps and 2.
+In it one skip is the pipeline's own (is there a block to work on); what is skipped inside of that are bodies
+under conditions, which run now and then.
 """
 
 from __future__ import annotations
@@ -25,13 +27,17 @@ _PIPELINE = 0.4
 
 @dataclass(frozen=True)
 class Kernel:
-    """Of one kernel: cycles of a steady step, how many there are, and each unit's least cycles in a step."""
+    """Of one kernel: cycles of a steady step, how many there are, and each unit's least cycles in a step.
+
+    rare: cycles of bodies that run in some steps only (the first, a sequence's last), all of them once.
+    """
 
     name: str
     step: int
     steps: int
     units: dict[str, float]
     spills: int
+    rare: int = 0
 
     @property
     def binding(self) -> tuple[str, float]:
@@ -47,16 +53,22 @@ class Unparsed:
     why: str
 
 
-def read(folder: Path, name: str) -> Kernel | Unparsed:
-    """The kernel called `name` in a folder of dumps."""
-    bundles = sorted(folder.glob(f"*-{name}*-packed-bundles-post-ra.txt"))
-    table = sorted(folder.glob(f"*-{name}*-pre-delay_hlo-static-per-bundle-utilization.txt"))
+def read(folder: Path, name: str, *, conditional: bool = False) -> Kernel | Unparsed:
+    """The kernel called `name` in a folder of dumps; conditional: its step is itself a body under a condition."""
+    bundles = _dumps(folder, name, "packed-bundles-post-ra")
+    table = _dumps(folder, name, "pre-delay_hlo-static-per-bundle-utilization")
     if not bundles or not table:
         return Unparsed(name, "the compiler wrote no schedule for it")
-    return parse(name, bundles[-1].read_text(), table[-1].read_text())
+    return parse(name, bundles[-1].read_text(), table[-1].read_text(), conditional=conditional)
 
 
-def parse(name: str, bundles: str, utilization: str) -> Kernel | Unparsed:
+def _dumps(folder: Path, name: str, what: str) -> list[Path]:
+    """Files TIME-NAME[.N]-NN-WHAT.txt, in the order of time."""
+    wanted = re.compile(rf"\d+-{re.escape(name)}(\.\d+)?-\d+-{what}\.txt")
+    return sorted(file for file in folder.glob(f"*-{name}*-{what}.txt") if wanted.fullmatch(file.name))
+
+
+def parse(name: str, bundles: str, utilization: str, *, conditional: bool = False) -> Kernel | Unparsed:
     """From the text of both files."""
     code, rows = _bundles(bundles), _rows(utilization)
     if len(code) != len(rows):
@@ -69,10 +81,13 @@ def parse(name: str, bundles: str, utilization: str) -> Kernel | Unparsed:
     inner = _inner_loops(code, start, stop)
     if inner is None:
         return Unparsed(name, "an inner loop's length depends on data")
-    skipped = _skipped(code, start, stop)
-    weights = [_weight(at, skipped, inner) for at in range(start, stop)]
+    rare = _rare(code, start, stop, conditional)
+    times = [_times(at, inner) for at in range(start, stop)]
+    under = [any(a <= at < b for a, b in rare) for at in range(start, stop)]
+    weights = [0 if skipped else n for n, skipped in zip(times, under, strict=True)]
+    seldom = sum(n for n, skipped in zip(times, under, strict=True) if skipped)
     units = _units(rows[start:stop], weights)
-    return Kernel(name, sum(weights), trip - _PIPELINE_STAGES, units, _spills(rows[start:stop]))
+    return Kernel(name, sum(weights), trip - _PIPELINE_STAGES, units, _spills(rows[start:stop]), seldom)
 
 
 @dataclass(frozen=True)
@@ -140,18 +155,21 @@ def _inner_loops(code: Sequence[str], start: int, stop: int) -> list[tuple[int, 
     return out
 
 
-def _skipped(code: Sequence[str], start: int, stop: int) -> list[tuple[int, int]]:
-    """Bundles of bodies that run now and then; the longest skip is the pipeline's own stage if it is most of it."""
-    inside = [(at + _DELAY_SLOTS + 1, to) for at, to in _branches(code) if start <= at < to <= stop]
-    longest = max(inside, key=lambda span: span[1] - span[0], default=(0, 0))
-    own = longest if longest[1] - longest[0] > _PIPELINE * (stop - start) else None
-    return [span for span in inside if span != own]
+def _rare(code: Sequence[str], start: int, stop: int, conditional: bool) -> list[tuple[int, int]]:
+    """Bundles of bodies that run now and then: skips inside the pipeline's own, which is most of the loop.
+
+    Skips outside of it are of the pipeline: it issues no copy for a block that is there already; it mostly does.
+    """
+    skips = [(at + _DELAY_SLOTS + 1, to) for at, to in _branches(code) if start <= at < to <= stop]
+    skips.sort(key=lambda span: span[0] - span[1])
+    if skips and skips[0][1] - skips[0][0] > _PIPELINE * (stop - start):
+        own = skips.pop(0)
+        skips = [span for span in skips if own[0] <= span[0] and span[1] <= own[1]]
+    return skips[int(conditional) :]
 
 
-def _weight(at: int, skipped: Sequence[tuple[int, int]], inner: Sequence[tuple[int, int, int]]) -> int:
-    """How often a bundle runs in a steady step."""
-    if any(a <= at < b for a, b in skipped):
-        return 0
+def _times(at: int, inner: Sequence[tuple[int, int, int]]) -> int:
+    """How often a bundle runs each time that the code around it does."""
     times = 1
     for a, b, trip in inner:
         times *= trip if a <= at < b else 1

@@ -48,7 +48,10 @@ def _batched(args: Any, axes: Any, **options: Any) -> Any:
 
 
 def _lowered(context: mlir.LoweringRuleContext, *args: Any, **options: Any) -> Any:
-    module = context.module_context.replace(platforms=(options["platform"],), cached_primitive_lowerings={})
+    # Functions lowered once for this platform are kept beside those for all, and apart from them.
+    whole = context.module_context
+    kept = whole.cached_primitive_lowerings.setdefault((ALONE, options["platform"]), {})
+    module = whole.replace(platforms=(options["platform"],), cached_primitive_lowerings=kept)
     return mlir.lower_fun(_run, multiple_results=True)(context.replace(module_context=module), *args, **options)
 
 

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effc.runtime.kernels import on_tpu
+from effc.runtime.kernels.on_tpu import Call
 
 LANES, SUBLANES = 128, 8
 
@@ -72,7 +73,8 @@ def _call(operands: Sequence[jax.Array], columns: int, interpret: bool) -> Seque
     rows, width = operands[0].shape
     count = pl.cdiv(width, columns)
     name = f"acceptance_{rows}x{width}_c{columns}"
-    on_tpu.note(name, 2 * SUBLANES * columns * 4, rows // SUBLANES * count)
+    step = 2 * SUBLANES * columns * 4
+    on_tpu.note(Call(name, step, rows // SUBLANES * count, 2 * step, times=rows // SUBLANES))
     tile = pl.BlockSpec((SUBLANES, columns), lambda i, n: (i, n))
     own = pl.BlockSpec((SUBLANES, 1), lambda i, n: (i, 0))
     return pl.pallas_call(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,21 +32,47 @@ def attend(
     return on_tpu.either(partial(_kernel, **how), here, q, k, v, positions, *more)
 
 
-def append(write: Write, olds: Any, news: Any, lengths: jax.Array) -> Any:
-    """olds, a tree of arrays [b*g,S,...], with news [b*g,t,...] of sequence i from row lengths[i] on."""
-    (old, tree), new = jax.tree.flatten(olds), jax.tree.leaves(news)
-    new = [mine.astype(kept.dtype) for mine, kept in zip(new, old, strict=True)]
-    fit = [n for n, x in enumerate(old) if rows.fits(x, new[n].shape[1], len(lengths))]
-    out = [x if n in fit else write(x, new[n], lengths) for n, x in enumerate(old)]
-    if fit:
-        given = [old[n] for n in fit], [new[n] for n in fit], lengths
-        made = on_tpu.either(rows.append, partial(_written, write), *given)
-        out = [made[fit.index(n)] if n in fit else x for n, x in enumerate(out)]
-    return jax.tree.unflatten(tree, out)
+def append(write: Write, olds: Sequence[Any], news: Sequence[jax.Array], lengths: jax.Array) -> tuple[Any, ...]:
+    """olds, each [b*g,S,...] or a Split, with rows of floats [b*g,t,...] of sequence i from row lengths[i] on."""
+    count, batch = news[0].shape[1], len(lengths)
+    parts = [_parts(old, new, batch) for old, new in zip(olds, news, strict=True)]
+    flat = [part for each in parts for part in each]
+    fit = [_written_there(old, count, batch) for old, _ in flat]
+    taken = [part for part, fits in zip(flat, fit, strict=True) if fits]
+    made: list[Any] = []
+    if taken:
+        made = on_tpu.either(rows.append, partial(_all_written, write), *map(list, zip(*taken)), lengths)
+    there = iter(made)
+    out = iter([next(there) if fits else _written(write, *part, lengths) for part, fits in zip(flat, fit, strict=True)])
+    return tuple(_whole(old, [next(out) for _ in each]) for old, each in zip(olds, parts, strict=True))
 
 
-def _written(write: Write, olds: list[jax.Array], news: list[jax.Array], lengths: jax.Array) -> list[jax.Array]:
-    return [write(old, new, lengths) for old, new in zip(olds, news, strict=True)]
+def _parts(old: Any, new: jax.Array, batch: int) -> list[tuple[Any, Any]]:
+    """What is written at once: a Split too, unless its scales lie so that the kernel cannot make them."""
+    if not isinstance(old, Split):
+        return [(old, new.astype(old.dtype))]
+    if rows.fits_split(old, new.shape[1], batch):
+        return [(old, new)]
+    made = Split.of(new)
+    return [(old.codes, made.codes), (old.scales, made.scales)]
+
+
+def _whole(old: Any, parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else Split(*parts, width=old.width)
+
+
+def _written_there(old: Any, count: int, batch: int) -> bool:
+    return rows.fits_split(old, count, batch) if isinstance(old, Split) else rows.fits(old, count, batch)
+
+
+def _all_written(write: Write, olds: list[Any], news: list[jax.Array], lengths: jax.Array) -> list[Any]:
+    return [_written(write, old, new, lengths) for old, new in zip(olds, news, strict=True)]
+
+
+def _written(write: Write, old: Any, new: jax.Array, lengths: jax.Array) -> Any:
+    """Array by array."""
+    made = Split.of(new) if isinstance(old, Split) else new
+    return jax.tree.map(lambda kept, mine: write(kept, mine, lengths), old, made)
 
 
 def _fits(q: jax.Array, k: Any, v: Any) -> bool:

@@ -17,6 +17,9 @@ ROOM = 24 * 2**20
 FIXED = 950
 """Cycles of a step that do not depend on its keys: the pipeline's, and one chain through all phases."""
 
+EDGES = 350
+"""Cycles that a sequence's first step and its last take more."""
+
 PUSHED = {"int8": 0.65e-3, "bf16": 1.3e-3, "f32": 5e-3}
 """Cycles for each element of keys, its value included: mostly the matrix unit being loaded."""
 
@@ -99,7 +102,14 @@ def block_of(form: Form, batch: int, generation: str) -> int:
     sizes = [LANES << n for n in range(8)]
     made = [replace(form, block=size) for size in sizes if size < form.keys] + [replace(form, block=form.keys)]
     fitting = [one for one in made if vmem(one) <= ROOM] or made[:1]
-    return min(fitting, key=lambda one: _time(one, batch, generation)).block
+    good = [one for one in fitting if _share(one, generation) <= SLACK] or fitting
+    return min(good, key=lambda one: _time(one, batch, generation)).block
+
+
+def _share(form: Form, generation: str) -> float:
+    """Of HBM's time that schedules take, a sequence's first and last steps among them."""
+    each = cycles(form) + EDGES / -(-form.keys // form.block)
+    return each * BYTES_A_CYCLE[generation] / step_bytes(form)
 
 
 def _time(form: Form, batch: int, generation: str) -> float:

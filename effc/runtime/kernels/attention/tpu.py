@@ -28,6 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.attention import tiling
 from effc.runtime.kernels.attention.tiling import SUBLANES, Form
+from effc.runtime.kernels.on_tpu import Call
 
 QUERIES = 16
 """Queries a sequence that the kernel takes."""
@@ -75,7 +76,7 @@ def attend(
 def _call(form, q, keys, values, scales, positions, sinks, interpret):  # type: ignore[no-untyped-def]
     b, steps = q.shape[0], pl.cdiv(form.keys, form.block)
     name = _name(form, b)
-    on_tpu.note(name, tiling.step_bytes(form), b * steps)
+    on_tpu.note(Call(name, tiling.step_bytes(form), b * steps, tiling.vmem(form), times=b, conditional=True))
     extra = [] if sinks is None else [_sinks(form, sinks)]
     cache = pl.BlockSpec((form.heads, form.block, form.width), lambda i, j, at: (i, _clamped(i, j, at), 0))
     coded = pl.BlockSpec((1, form.heads, form.block), lambda i, j, at: (i, 0, _clamped(i, j, at)))

@@ -153,6 +153,7 @@ def multiply(
             sums = None if sums_ref is None else sums_ref.at[i]
             part = _scaled(_dot(d_ref[:, a:b], w, form.layout), i, columns, s_ref, z_ref, sums, form)
             total = part if total is None else total + part
+        assert total is not None
         o_ref[:, columns] = (_last(total, form) * t).astype(o_ref.dtype)
 
 

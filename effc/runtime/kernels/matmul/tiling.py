@@ -1,8 +1,8 @@
 """Columns of a step of the TPU matmul, chosen by a model of its schedule, for a TPU generation and a shape.
 
 A step costs its fixed overhead and what the busiest unit has to do; the first tile's way from HBM is exposed.
-So tiles are as small as leaves a step within `slack` of HBM's time. The constants were fitted to schedules
-(`python -m effc.backend.tpu.cases v5e:2x2 --cycles` prints both); where no tile is within it, the fastest is taken.
+So the fastest of those tiles is taken whose schedule leaves `slack` of HBM's time; where there is none, the
+fastest. The constants were fitted to schedules (`python -m effc.backend.tpu.cases v5e:2x2` prints those).
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ _PUSHED, _CONVERTED = 4096, 11_000
 """int8 codes a cycle that go into the matrix units, and int4 ones that are made int8."""
 
 
+_MIXED = 0.3
+"""What quantizing still adds where there is one step."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """HBM bytes and cycles of a step, and what quantizing adds to the first."""
@@ -35,6 +39,11 @@ class Tile:
     cycles: float
     once: float
 
+    def share(self, chip: Generation, count: int) -> float:
+        """Of HBM's time that schedules take, over `count` steps; in a step alone, quantizing mixes with products."""
+        once = self.once / count if count > 1 else _MIXED * self.once
+        return (self.cycles + once) * chip.bytes_a_cycle / self.hbm_bytes
+
 
 def columns(form: Form, width: int, bits: int, sizes: Sequence[int], chip: str) -> int:
     """Columns of a step; sizes: bytes of one scale and, where there are any, of one zero point."""
@@ -42,7 +51,10 @@ def columns(form: Form, width: int, bits: int, sizes: Sequence[int], chip: str) 
     step = max(generation.unit, _LANES)
     fits = [n for n in range(step, width, step) if _allowed(replace(form, columns=n), bits, sizes, chip)]
     whole = [width] * (not fits or _allowed(replace(form, columns=width), bits, sizes, chip))
-    return min(fits + whole, key=lambda n: seconds(replace(form, columns=n), width, bits, sizes, generation))
+    made = {n: replace(form, columns=n) for n in fits + whole}
+    share = {n: modelled(one, bits, sizes, generation).share(generation, -(-width // n)) for n, one in made.items()}
+    good = [n for n in made if share[n] <= generation.slack] or list(made)
+    return min(good, key=lambda n: seconds(made[n], width, bits, sizes, generation))
 
 
 def _allowed(form: Form, bits: int, sizes: Sequence[int], chip: str) -> bool:

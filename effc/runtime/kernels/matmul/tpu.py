@@ -25,11 +25,15 @@ from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.generations import GENERATIONS
 from effc.runtime.kernels.matmul import steps, tiling
 from effc.runtime.kernels.matmul.steps import Form
+from effc.runtime.kernels.on_tpu import Call
 from effc.runtime.qarray import QArray
 
 LANES = 128
 BLOCK = 64
 """Tokens of a step; above it the grid has blocks of them."""
+
+SCALES = ("float32", "float16", "bfloat16", "int16")
+"""int16: half floats by their bits, since the vector unit has no halves and XLA would copy to see them so."""
 
 _ALIGNED = 32
 """Rows of int8 codes in a register: groups that part K elsewhere are XLA's."""
@@ -46,24 +50,32 @@ def fits(x: jax.Array, w: QArray, layout: str) -> bool:
     group = min(w.group or extent, extent)
     along = (layout, w.axis) in (("kn", -2), ("nk", -1))
     plain = w.codes.ndim in (2, 3) and w.codes.dtype in (jnp.int8, jnp.int4) and w.form == "int"
-    known = str(w.scales.dtype) in ("float32", "float16", "bfloat16")
+    known = w.scales.dtype.name in SCALES
     whole = group == extent or (group % _ALIGNED == 0 and layout == "kn")
     return along and plain and known and whole and x.shape[0] > 0 and (w.zeros is None or layout == "kn")
 
 
 def prepared(w: QArray) -> QArray:
-    """Codes one an element, 4-bit ones int4; columns of w[K,N] to whole lanes. Once, when weights are loaded.
+    """Codes one an element, 4-bit ones int4; half floats as int16; columns of w[K,N] to whole lanes.
 
-    XLA lays arrays out to waste least: with odd columns it would turn w over, and copy it back for each product.
+    Once, when weights are loaded. XLA lays arrays out to waste least: with odd columns it would turn w over, and
+    copy it back for each product.
     """
     if w.form != "int" or w.axis not in (-1, -2) or w.codes.dtype == jnp.int4:
         return w
     codes = w.unpacked().astype(jnp.int4) if w.bits <= 4 else w.codes
+    scales, zeros = (None if v is None else _as_bits(v) for v in (w.scales, w.zeros))
+    assert scales is not None
     if w.axis == -1:
-        return replace(w, codes=codes)
+        return replace(w, codes=codes, scales=scales, zeros=zeros)
     pad = [(0, 0)] * (codes.ndim - 1) + [(0, -w.width % LANES)]
-    zeros = None if w.zeros is None else jnp.pad(w.zeros, pad)
-    return replace(w, codes=jnp.pad(codes, pad), scales=jnp.pad(w.scales, pad), zeros=zeros)
+    zeros = None if zeros is None else jnp.pad(zeros, pad)
+    return replace(w, codes=jnp.pad(codes, pad), scales=jnp.pad(scales, pad), zeros=zeros)
+
+
+def _as_bits(values: jax.Array) -> jax.Array:
+    """Half floats as int16."""
+    return lax.bitcast_convert_type(values, jnp.int16) if values.dtype == jnp.float16 else values
 
 
 def matmul(
@@ -107,7 +119,8 @@ def _call(
     specs += [_weight_spec((form.groups, form.columns), True, stack) for _ in scales]
     name = _name(form, bits, width, rows, kinds, stack)
     later = form.digit_rows * form.extent if grid[1] > 1 else 0  # blocks of rows after the first fetch no weights
-    on_tpu.note(name, form.tile_bytes(bits, sizes) / grid[1] + later, grid[0] * grid[1], tiling.vmem(form, bits, sizes))
+    read = form.tile_bytes(bits, sizes) / grid[1] + later
+    on_tpu.note(Call(name, read, grid[0] * grid[1], tiling.vmem(form, bits, sizes)))
     spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=int(stack), grid=grid, in_specs=specs, scratch_shapes=_scratch(form, kinds),
         out_specs=pl.BlockSpec((form.rows, form.columns), lambda n, m, *_: (m, n)),
@@ -153,8 +166,7 @@ def _weight_spec(block: tuple[int, int], along: bool, stack: bool) -> Any:
 
 def _rows_of_groups(values: jax.Array, layout: str) -> jax.Array:
     """[groups,N] (stacked: [L,groups,N]); half floats as int16 bits."""
-    values = values if layout == "kn" else jnp.swapaxes(values, -1, -2)
-    return lax.bitcast_convert_type(values, jnp.int16) if values.dtype == jnp.float16 else values
+    return _as_bits(values if layout == "kn" else jnp.swapaxes(values, -1, -2))
 
 
 def _scratch(form: Form, kinds: Sequence[str]) -> list[Any]:

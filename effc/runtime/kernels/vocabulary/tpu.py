@@ -22,6 +22,8 @@ from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.generations import GENERATIONS
 from effc.runtime.kernels.matmul import steps, tiling
 from effc.runtime.kernels.matmul.steps import Form
+from effc.runtime.kernels.matmul.tpu import SCALES
+from effc.runtime.kernels.on_tpu import Call
 from effc.runtime.kernels.vocabulary.reference import Top
 from effc.runtime.qarray import QArray
 
@@ -51,7 +53,7 @@ def fits(x: jax.Array, head: jax.Array | QArray, layout: str) -> bool:
     group = min(head.group or extent, extent)
     along = (layout, head.axis) in (("kn", -2), ("nk", -1))
     plain = head.codes.ndim == 2 and head.codes.dtype in (jnp.int8, jnp.int4) and head.form == "int"
-    known = str(head.scales.dtype) in ("float32", "float16", "bfloat16")
+    known = head.scales.dtype.name in SCALES
     return few and along and plain and known and (group == extent or group % 32 == 0)
 
 
@@ -65,7 +67,7 @@ def top(
     count = pl.cdiv(width, form.columns)
     name = f"vocabulary_{_sort(head)}_{layout}_{form.extent}x{width}_m{x.shape[0]}_c{form.columns}"
     name += "_capped" * bool(softcap)
-    on_tpu.note(name, product.step_bytes, count)
+    on_tpu.note(Call(name, product.step_bytes, count, int(2 * product.step_bytes)))
     found = pl.pallas_call(
         functools.partial(_step, product=product, softcap=softcap, width=width, count=count),
         name=name,
