@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -43,10 +43,21 @@ SHRUNK = (1.0, 0.92, 0.85, 0.78, 0.7)
 """Ranges tried by `mse` with zero points, as fractions of the whole."""
 
 
-def quantize(array: Array, quant: Quant, method: Method, where: str, importance: Array | None = None) -> Arrays:
-    """Codes, scales and zeros of `array` as they are stored; EffcError for what cannot be coded."""
+def quantize(
+    array: Array, quant: Quant, method: Method, where: str, importance: Array | None = None,
+    off: Callable[[float], object] | None = None,
+) -> Arrays:  # fmt: skip
+    """Codes, scales and zeros of `array` as they are stored; EffcError for what cannot be coded.
+
+    `off` is told the error: the norm of what rounding changed, as a share of the array's own.
+    """
     x = checked(array, where)
-    return stored(*_coded(x, quant, method, importance), quant, x.shape, where)
+    wrong: list[tuple[float, float]] | None = [] if off else None
+    made = stored(*_coded(x, quant, method, importance, wrong), quant, x.shape, where)
+    if off and wrong:
+        lost, whole = np.sum(wrong, 0)
+        off(float(np.sqrt(lost / max(whole, 1e-30))))
+    return made
 
 
 def rounded(x: Array, quant: Quant, method: Method, importance: Array | None = None) -> Array:
@@ -68,8 +79,10 @@ def spread(codes: Array, scales: Array, zeros: Array, group: int) -> Array:
     return (codes - zero) * scale
 
 
-def _coded(x: Array, quant: Quant, method: Method, importance: Array | None) -> tuple[Array, Array, Array]:
-    """Codes, filled up to whole groups; scales and zeros [groups,1,the rest]."""
+def _coded(
+    x: Array, quant: Quant, method: Method, importance: Array | None, wrong: list[tuple[float, float]] | None = None
+) -> tuple[Array, Array, Array]:
+    """Codes, filled up to whole groups; scales and zeros [groups,1,the rest]; to `wrong` squares lost, and of all."""
     grouped = _grouped(x, quant)
     codes = np.empty(_whole(x.shape, quant), level_dtype(quant))
     coded = _grouped(codes, quant)  # a view: what is written there is in `codes`
@@ -79,7 +92,11 @@ def _coded(x: Array, quant: Quant, method: Method, importance: Array | None) -> 
     def work(block: Block) -> None:
         here = np.ascontiguousarray(grouped[block], np.float32)
         mine = None if weight is None else weight[block[0]]
-        coded[block], scales[block], zeros[block] = group_codes(here, quant, method, mine)
+        coded[block], scales[block], zeros[block] = found = group_codes(here, quant, method, mine)
+        if wrong is not None:
+            levels, scale, zero = found
+            off = (levels - zero) * scale - here
+            wrong.append((float(np.vdot(off, off)), float(np.vdot(here, here))))
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(work, _blocks(grouped.shape)))

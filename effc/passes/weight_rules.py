@@ -81,12 +81,12 @@ def recoded(module: Module, quants: Mapping[str, Quant]) -> Module:
     return module.with_params(*changed)
 
 
-def coded(before: Module, after: Module, store: Store, method: Method) -> list[Lazy]:
-    """Lazily quantized arrays for every parameter whose dtype became a coded one."""
+def coded(before: Module, after: Module, store: Store, method: Method, notes: Notes | None = None) -> list[Lazy]:
+    """Lazily quantized arrays for every parameter whose dtype became a coded one; their errors to `notes`."""
     changed = [
         p for n, p in after.params.items() if isinstance(p.type.dtype, Quant) and p.type != before.params[n].type
     ]
-    return [Lazy(param, _reader(store[param.name], param, method)) for param in changed]
+    return [Lazy(param, _reader(store[param.name], param, method, notes)) for param in changed]
 
 
 def shrinks(name: str, before: Module, after: Module) -> None:
@@ -270,12 +270,24 @@ def _counted(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def _reader(lazy: Lazy, param: Param, method: Method) -> Callable[[int], Arrays]:
+def _reader(lazy: Lazy, param: Param, method: Method, notes: Notes | None) -> Callable[[int], Arrays]:
     quant = param.type.dtype
     assert isinstance(quant, Quant)
+    errors: list[float] = []
 
     def read(layer: int) -> Arrays:
         where = f"{param.name}[{layer}]" if param.stack else param.name
-        return quantize(lazy.read(layer)[""], quant, method, where)
+        if notes is None:
+            return quantize(lazy.read(layer)[""], quant, method, where)
+        made = quantize(lazy.read(layer)[""], quant, method, where, off=errors.append)
+        tell_errors(notes, param, errors, "weights")
+        return made
 
     return read
+
+
+def tell_errors(notes: Notes, param: Param, errors: Sequence[float], what: str) -> None:
+    """Once all layers are there: how far they are off, as shares of their own size."""
+    if len(errors) == param.count:
+        worst = f", {max(errors):.2%} in layer {errors.index(max(errors))}" if param.stack else ""
+        notes.chose(f"{param.name}: {what} off by {sum(errors) / len(errors):.2%}{worst}")

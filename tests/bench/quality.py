@@ -1,14 +1,15 @@
-"""One table of what each way to code weights costs: bytes a parameter, perplexity and divergence on held-out texts.
+"""One table of what each way to code weights costs, and what is claimed of them, from one run.
 
     python tests/bench/quality.py examples/stdlib12/model.ckpt --calib examples/stdlib12/calib.txt \
-        --eval examples/stdlib12/heldout.txt --tokens 8192 --heal 15m
-    python tests/bench/quality.py SmolLM2-135M-Instruct.Q4_1.gguf --tokens 4096 \
-        --eval examples/stdlib12/heldout.txt quant4 'mixed{bits=5.43}'
-    python tests/bench/quality.py MODEL --llama          # llama.cpp's figures for SmolLM2 beside ours, and the targets
+        --eval examples/stdlib12/heldout.txt --tokens 0 --heal 20m
+    python tests/bench/quality.py SmolLM2-135M-Instruct.Q4_1.gguf --eval - examples/stdlib12/heldout.txt --untrained
+    python tests/bench/quality.py SmolLM2-135M-Instruct.Q4_1.gguf --window 512 2048 8192 --tokens 16384 kv8 kv4
+    python tests/bench/quality.py MODEL --llama          # llama.cpp's figures for SmolLM2 beside ours
 
 Text of --calib is what methods are fitted to; it is judged on --eval, of which there may be several (`-`: the
-beginning of Python's help topics, whose end is what methods are fitted to without --calib). The standard error is
-that of the mean difference of a token's nats, estimated from the divergence (their variance is about twice it).
+beginning of Python's help topics, whose end is what methods are fitted to without --calib). Errors are standard
+errors over tokens; where two ways are compared, their tokens are paired. In pipelines `SAME` stands for the bits a
+weight that quant4 takes, scales and embeddings included.
 """
 
 from __future__ import annotations
@@ -17,12 +18,19 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+from judging import Judge, Judged, share
 
 from effc import evaluate
 from effc.cli.process import prepare
 from effc.clock import Clock
+from effc.driver import transform
+from effc.evaluate import Windows
+from effc.ir.core import Module
+from effc.ir.types import Quant
 from effc.measure import text_windows
 from effc.opened import Opened, open_model
 from effc.passes.context import Context
@@ -32,23 +40,74 @@ from effc.runtime.train.budget import Budget
 from effc.state import State
 from effc.weights import elements, nbytes
 
+UNIFORM, BUDGETED, TRAINED = "quant4{method=gptq}", "mixed{bits=SAME}", "qat{spend=SAME,method=gptq}"
+SMALL, MIDDLE, EIGHT = "mixed{bits=5.43}", "mixed{bits=6.2}", "quant8{group=32,scale=f16}"
+
 PIPELINES = (
-    "quant8",
-    "quant4{method=absmax}",
-    "quant4",
-    "quant4{method=awq}",
-    "quant4{method=gptq}",
-    "quant4{method=awq+gptq}",
-    "mixed{bits=4.97}",
-    "qat",
-)
+    "quant8", EIGHT, "quant8,act8", "quant8,act8{scale=static}", "quant8,kv8", "quant4{method=absmax}", "quant4",
+    "quant4{method=awq}", UNIFORM, "quant4{method=awq+gptq}", "quant4{method=gptq},act8", "quant4{method=gptq},kv8",
+    BUDGETED, SMALL, MIDDLE, TRAINED,
+)  # fmt: skip
+
+LIMITS = ((SMALL, 0.68, 0.06), (MIDDLE, 0.78, 0.03), (EIGHT, 1.07, 0.003))
+"""What is to cost no more than this share of perplexity, at no more than so many bytes a parameter."""
+
+BETTER = (
+    ("quant4{method=awq}", "quant4{method=absmax}"), (UNIFORM, "quant4{method=absmax}"),
+    ("quant4{method=awq}", "quant4"), (UNIFORM, "quant4"), (BUDGETED, UNIFORM), (TRAINED, BUDGETED),
+)  # fmt: skip
+"""What is to be better than what: AWQ and GPTQ than rounding, mixed than uniform, training than fitting."""
 
 LLAMA = (  # 80 kB of the Python reference, context 512, f32 11.34
-    ("llama.cpp Q8_0", 1.063, 11.39 / 11.34 - 1, 0.003),
-    ("llama.cpp Q4_K_M", 0.78, 12.25 / 11.34 - 1, 0.03),
-    ("llama.cpp Q4_0", 0.68, 14.00 / 11.34 - 1, 0.06),
+    ("llama.cpp Q8_0", 1.063, 11.39 / 11.34 - 1),
+    ("llama.cpp Q4_K_M", 0.78, 12.25 / 11.34 - 1),
+    ("llama.cpp Q4_0", 0.68, 14.00 / 11.34 - 1),
 )
-"""Bytes a parameter, change of perplexity, and what is to be reached at no more bytes."""
+"""Bytes a parameter, change of perplexity."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to code: bytes a parameter, and how each text judges it."""
+
+    passes: str
+    size: float
+    seconds: float
+    judged: Sequence[Judged]
+
+    def line(self) -> str:
+        return f"| `{self.passes}` | {self.size:.3f} | {self.seconds:.0f} | {' | '.join(map(cells, self.judged))} |"
+
+
+def cells(judged: Judged) -> str:
+    return f"{judged.perplexity:.3f} | {judged.change().percent()} | {judged.kl().nats()} | {judged.same.mean():.2%}"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model, the texts that judge, the text that is fitted to, and the budget of what trains."""
+
+    model: Opened
+    texts: Sequence[Windows]
+    judges: Sequence[Judge]
+    calib: Path | None
+    heal: Budget | None
+
+    @staticmethod
+    def of(model: Opened, texts: Sequence[Windows], calib: Path | None, heal: Budget | None, folder: Path) -> Bench:
+        side, vocab = (model.module, model.store), evaluate.vocab_of(model.module)
+        judges = [Judge(evaluate.pieces(side, text), text, vocab, folder / str(i)) for i, text in enumerate(texts)]
+        return Bench(model, texts, judges, calib, heal)
+
+    def row(self, passes: str) -> Row:
+        """Coded and judged."""
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="effc-") as folder:
+            after = coded(self.model, passes, self.texts[0], self.calib, Path(folder), self.heal)
+            seconds = time.perf_counter() - start
+            both = zip(self.judges, self.texts, strict=True)
+            found = [judge.judged(evaluate.pieces(after.side, text)) for judge, text in both]
+        return Row(passes, nbytes(after.module) / elements(after.module), seconds, found)
 
 
 def main(words: Sequence[str]) -> None:
@@ -56,48 +115,79 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("pipelines", nargs="*", default=PIPELINES)
     parser.add_argument("--calib", type=Path)
-    parser.add_argument("--eval", action="append", help="text to judge on, may be given again; - for help topics")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--eval", nargs="+", default=["-"], help="texts to judge on; - for help topics")
+    parser.add_argument("--tokens", type=int, default=8192, help="of each text; 0 for all")
+    parser.add_argument("--window", type=int, nargs="+", default=[evaluate.WINDOW], help="tokens seen together")
     parser.add_argument("--heal", type=Budget.parse, help="of each pipeline that trains: 15m, or 300 for steps")
-    parser.add_argument("--llama", action="store_true", help="llama.cpp's figures for SmolLM2, and the targets")
+    parser.add_argument("--untrained", action="store_true", help="leave out what trains")
+    parser.add_argument("--llama", action="store_true", help="llama.cpp's figures for SmolLM2")
     args = parser.parse_intermixed_args(words)
     model = open_model(args.model)
-    files = [None if name == "-" else Path(name) for name in args.eval or ["-"]]
-    texts = [text_windows(model, file, args.tokens, evaluate.WINDOW) for file in files]
-    print(f"{model.module.name}, {', '.join(f'{text.scored} tokens of {text.source}' for text in texts)}\n")
-    each = " | ".join(["perplexity | change | error | KL | same token"] * len(texts))
-    print(f"| passes | bytes a parameter | seconds | {each} |")
-    print("|---" * (3 + 5 * len(texts)) + "|", flush=True)
-    for passes in args.pipelines:
-        print(row(model, passes, texts, args.calib, args.heal), flush=True)
-    for name, size, change, target in LLAMA if args.llama else ():
-        print(f"| {name} | {size:.3f} | | | {change:+.2%}, target {target:+.1%} | | | |")
-
-
-def row(
-    model: Opened, passes: str, texts: Sequence[evaluate.Windows], calib: Path | None, heal: Budget | None = None
-) -> str:
-    """A line of the table."""
-    start = time.perf_counter()
+    files = [None if name == "-" else Path(name) for name in args.eval]
+    texts = [text_windows(model, file, args.tokens, window) for file in files for window in args.window]
     with tempfile.TemporaryDirectory(prefix="effc-") as folder:
-        after = coded(model, passes, texts[0], calib, Path(folder), heal)
-        seconds = time.perf_counter() - start
-        cells = [_judged(model, after, text) for text in texts]
-    size = nbytes(after.module) / elements(after.module)
-    return f"| `{passes}` | {size:.3f} | {seconds:.0f} | {' | '.join(cells)} |"
+        bench = Bench.of(model, texts, args.calib, args.heal, Path(folder))
+        _tables(bench, [p for p in args.pipelines if not (args.untrained and p.startswith("qat"))], args.llama)
 
 
-def _judged(model: Opened, after: State, text: evaluate.Windows) -> str:
-    """Cells of one text."""
-    before, found = evaluate.compare((model.module, model.store), after.side, text)
-    assert found.kl is not None and found.top1 is not None
-    error = (2 * found.kl / text.scored) ** 0.5
-    change = found.perplexity / before.perplexity - 1
-    return f"{found.perplexity:.3f} | {change:+.2%} | {error:.2%} | {found.kl:.5f} | {found.top1:.2%}"
+def _tables(bench: Bench, pipelines: Sequence[str], llama: bool) -> None:
+    told = [f"{t.scored} tokens of {t.source} in windows of {t.chunks[0].shape[1]}" for t in bench.texts]
+    print(f"{bench.model.module.name}, {', '.join(told)}\n")
+    each = " | ".join(["perplexity | change | KL | same token"] * len(told))
+    print(f"| passes | bytes a parameter | seconds | {each} |")
+    print("|---" * (3 + 4 * len(told)) + "|", flush=True)
+    same, rows = f"{uniform_bits(bench.model.module):.2f}", dict[str, Row]()
+    for passes in pipelines:
+        rows[passes] = bench.row(passes.replace("SAME", same))
+        print(rows[passes].line(), flush=True)
+        if len(rows) == 1:
+            print(f"| f32 | | | {' | '.join(_plain(judged) for judged in rows[passes].judged)} |", flush=True)
+    for name, size, change in LLAMA if llama else ():
+        print(f"| {name} | {size:.3f} | | | {change:+.2%} | | |")
+    print("\n" + "\n".join(claims(rows)))
+
+
+def _plain(judged: Judged) -> str:
+    return f"{Judged(judged.before, judged.before, 0 * judged.apart, judged.same).perplexity:.3f} | | | "
+
+
+def claims(rows: Mapping[str, Row]) -> list[str]:
+    """A line for each claim whose rows there are, and whether it holds on each text."""
+    out = ["| claim | " + " | ".join(["measured | holds"] * max((len(r.judged) for r in rows.values()), default=0))]
+    for name, size, most in LIMITS:
+        if name in rows:
+            fits = rows[name].size <= size
+            told = [f"{j.change().percent()} | {_holds(fits and j.change().value <= most)}" for j in rows[name].judged]
+            asked = f"`{rows[name].passes}`: {rows[name].size:.3f} bytes of {size}, at most {most:+.1%}"
+            out.append(" | ".join([f"| {asked}", *told]))
+    for one, two in BETTER:
+        if one in rows and two in rows:
+            both = zip(rows[one].judged, rows[two].judged, strict=True)
+            told = [f"{against(a, b)} | {_holds(a.apart.mean() < b.apart.mean())}" for a, b in both]
+            out.append(" | ".join([f"| `{rows[one].passes}` better than `{rows[two].passes}`", *told]))
+    return [f"{line} |" for line in out]
+
+
+def against(one: Judged, two: Judged) -> str:
+    """Perplexity and divergence of one less the other's."""
+    apart = type(one.kl()).of(one.apart - two.apart)
+    return f"perplexity {share(one.after - two.after).percent()}, KL {apart.value:+.5f} ± {apart.error:.5f}"
+
+
+def _holds(true: bool) -> str:
+    return "yes" if true else "no"
+
+
+def uniform_bits(module: Module) -> float:
+    """Bits a weight of what quant4 codes; cut to hundredths, so that what is given so many is no larger."""
+    after, _ = transform(module, "quant4")
+    params = [p for p in after.params.values() if isinstance(p.type.dtype, Quant)]
+    only = Module(module.name, params={p.name: p for p in params})
+    return int(800 * nbytes(only) / elements(only)) / 100
 
 
 def coded(
-    model: Opened, passes: str, text: evaluate.Windows, calib: Path | None, folder: Path, heal: Budget | None = None
+    model: Opened, passes: str, text: Windows, calib: Path | None, folder: Path, heal: Budget | None = None
 ) -> State:
     """The model after the passes."""
     start, words = State(model.module, model.store), evaluate.read_text(calib)[0] if calib else None

@@ -9,8 +9,9 @@ from effc.errors import EffcError
 from effc.ir.core import Module
 from effc.ir.parser import parse
 from effc.ir.types import Quant
-from effc.passes import PassError, Quant4, Quant8, runner
+from effc.passes import Notes, PassError, Quant4, Quant8, runner
 from effc.passes.weight_rules import fitting_group, head_params
+from effc.runtime import forms
 from effc.weights import nbytes, parts
 
 
@@ -128,6 +129,20 @@ def test_bytes_are_those_of_the_types(passes: str, tiny, random_store, apply) ->
         assert {k: (a.dtype, a.shape) for k, a in arrays.items()} == {
             k: (p.dtype, p.shape) for k, p in parts(param.type).items()
         }
+
+
+def test_the_error_of_every_parameter_is_told(tiny, random_store) -> None:
+    before, made_by, notes = random_store(tiny), Quant4(group=16, sym=False), Notes()
+    after = runner.step(made_by, tiny).after
+    store = made_by.arrays(tiny, after, before, None, notes)  # type: ignore[arg-type]
+    for name in ("layers.attn.q", "layers.mlp.down"):
+        off = []
+        for i in range(2):
+            stored, w = store[name].read(i), before[name].read(i)[""]
+            codes = forms.unpack(stored["codes"], w.shape[1], 4)
+            scales, zeros = (stored[part].astype(np.float32).repeat(16, 0) for part in ("scales", "zeros"))
+            off.append(np.linalg.norm((codes - zeros) * scales - w) / np.linalg.norm(w))
+        assert f"{name}: weights off by {np.mean(off):.2%}, {max(off):.2%} in layer {np.argmax(off)}" in notes.choices
 
 
 def test_spared_parameters_are_the_same_bytes(tiny, random_store, apply) -> None:

@@ -17,6 +17,7 @@ from effc.passes.quant.scaling import awq, output_error
 from effc.passes.quant.sites import Folded, Site, sites
 from effc.passes.quant.statistics import Seen, Statistics
 from effc.passes.quantizer import Method, checked, code, quantize, rounded, spread, stored
+from effc.passes.weight_rules import tell_errors
 from effc.weights import Array, Arrays, Lazy, Store
 
 
@@ -106,12 +107,10 @@ class Coder:
         return code(w, quant, self.how.scaling, np.diagonal(square).copy())
 
     def _note(self, param: Param, w: Array, wrong: Array, square: Array) -> None:
-        """Once all layers are there: how far outputs are off, as a share of their own size."""
+        """How far outputs are off, as a share of their own size."""
         errors = self.errors.setdefault(param.name, [])
         errors.append(float(np.sqrt(output_error(wrong, square) / max(output_error(w, square), 1e-30))))
-        if len(errors) == param.count:
-            worst = f", {max(errors):.2%} in layer {int(np.argmax(errors))}" if param.stack else ""
-            self.notes.chose(f"{param.name}: outputs off by {np.mean(errors):.2%}{worst}")
+        tell_errors(self.notes, param, errors, "outputs")
 
 
 def changed(before: Module, after: Module) -> dict[str, Quant]:

@@ -93,16 +93,22 @@ class WeightPass(Pass, ABC):
         return before, store, {}
 
     def made(self, before: Module, after: Module, store: Store) -> list[Lazy]:
+        return self._rounded(before, after, store, None)
+
+    def _rounded(self, before: Module, after: Module, store: Store, notes: Notes | None) -> list[Lazy]:
+        """Without text."""
         if self.fitted():
             raise PassError(f"{self.name}: method={self.method} looks at text, want the context that has it")
         middle, cut, came = self.prepared(before, store)
-        done = coded(middle, after, cut, self.method)  # type: ignore[arg-type]
+        done = coded(middle, after, cut, self.method, notes)  # type: ignore[arg-type]
         left = came.keys() - {lazy.param.name for lazy in done}
         return [*done, *(cut[name] for name in left)]
 
     def arrays(self, before: Module, after: Module, store: Store, context: Context, notes: Notes) -> Store:
-        if not self.fitted() or before == after:
-            return self.weights(before, after, store)
+        if before == after:
+            return store
+        if not self.fitted():
+            return store.replace(self._rounded(before, after, store, notes), after)
         how = How("gptq" in self.method, "awq" in self.method, self.act_order, "mse" if self.clip else "absmax")
         tokens, source = calibration_tokens(before, context, self.tokens)
         seen = statistics(before, store, tokens, source=source, spare=context.folder, progress=notes.chose)
