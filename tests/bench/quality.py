@@ -8,13 +8,14 @@
 
 Text of --calib is what methods are fitted to; it is judged on --eval, of which there may be several (`-`: the
 beginning of Python's help topics, whose end is what methods are fitted to without --calib). Errors are standard
-errors over tokens; where two ways are compared, their tokens are paired. In pipelines `SAME` stands for the bits a
-weight that quant4 takes, scales and embeddings included.
+errors over tokens; where two ways are compared, their tokens are paired. In pipelines `bits=SAME` is what quant4
+takes, `bits=Q4_0` and `bits=Q4_K_M` what those formats of llama.cpp take (SIZES).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 import time
@@ -41,7 +42,10 @@ from effc.state import State
 from effc.weights import elements, nbytes
 
 UNIFORM, BUDGETED, TRAINED = "quant4{method=gptq}", "mixed{bits=SAME}", "qat{spend=SAME,method=gptq}"
-SMALL, MIDDLE, EIGHT, SPREAD = "mixed{bits=5.43}", "mixed{bits=6.2}", "quant8{group=32,scale=f16}", "mixed{bits=8.1}"
+SMALL, MIDDLE, EIGHT, SPREAD = "mixed{bits=Q4_0}", "mixed{bits=Q4_K_M}", "quant8{group=32,scale=f16}", "mixed{bits=8.1}"
+
+SIZES = {"SAME": 0.0, "Q4_0": 0.68, "Q4_K_M": 0.78}
+"""Bytes a parameter that words in pipelines stand for; 0 is what quant4 takes."""
 
 PIPELINES = (
     "quant8", EIGHT, "quant8,act8", "quant8,act8{scale=static}", "quant8,kv8", "quant4{method=absmax}", "quant4",
@@ -143,9 +147,13 @@ def _tables(bench: Bench, pipelines: Sequence[str], llama: bool) -> None:
     each = " | ".join(["perplexity | change | KL | same token"] * len(told))
     print(f"| passes | bytes a parameter | seconds | {each} |")
     print("|---" * (3 + 4 * len(told)) + "|", flush=True)
-    same, rows = f"{uniform_bits(bench.model.module):.2f}", dict[str, Row]()
+    bits, rows = (
+        {f"={n}": f"={bits_within(bench.model.module, size):.2f}" for n, size in SIZES.items()},
+        dict[str, Row](),
+    )
     for passes in pipelines:
-        rows[passes] = bench.row(passes.replace("SAME", same))
+        spelled = functools.reduce(lambda text, word: text.replace(word, bits[word]), bits, passes)
+        rows[passes] = bench.row(spelled)
         print(rows[passes].line(), flush=True)
         if len(rows) == 1:
             print(f"| f32 | | | {' | '.join(_plain(judged) for judged in rows[passes].judged)} |", flush=True)
@@ -185,12 +193,13 @@ def _holds(true: bool) -> str:
     return "yes" if true else "no"
 
 
-def uniform_bits(module: Module) -> float:
-    """Bits a weight of what quant4 codes; cut to hundredths, so that what is given so many is no larger."""
+def bits_within(module: Module, size: float = 0.0) -> float:
+    """Bits a weight for what quant4 codes, so that all takes `size` bytes a parameter (0: what quant4 takes), cut."""
     after, _ = transform(module, "quant4")
     params = [p for p in after.params.values() if isinstance(p.type.dtype, Quant)]
     only = Module(module.name, params={p.name: p for p in params})
-    return int(800 * nbytes(only) / elements(only)) / 100
+    room = nbytes(only) - nbytes(after) + (size * elements(module) if size else nbytes(after))
+    return int(800 * room / elements(only)) / 100
 
 
 def coded(
