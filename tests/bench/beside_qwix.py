@@ -1,6 +1,6 @@
 """effc and qwix on one Flax Linen checkpoint, same bits and groups: rounding, GPTQ and AWQ of either, a table.
 
-    python tests/bench/qwix_rows.py examples/stdlib12/model.ckpt --calib examples/stdlib12/calib.txt \
+    python tests/bench/beside_qwix.py examples/stdlib12/model.ckpt --calib examples/stdlib12/calib.txt \
         --eval examples/stdlib12/heldout.txt
 
 qwix's rows are by its own providers; the model runs in Flax with the weights that its codes stand for. Held-out
