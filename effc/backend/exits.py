@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from effc.backend import syntax
-from effc.backend.plan import Block, Plan
+from effc.backend.plan import Block, Plan, by_call
 from effc.backend.syntax import Expr, Names, Statement, call, expr, literal
 from effc.ir.core import Attr, Func, Op, Ref
 from effc.ir.ops import attribute
+from effc.ir.types import Type
 
 
 class Writer(Protocol):
@@ -17,6 +18,7 @@ class Writer(Protocol):
 
     plan: Plan
     names: Names
+    types: Mapping[str, Type]
 
     def value(self, name: str) -> Expr: ...
     def layers(self, group: str, start: int, times: int, order: tuple[Attr, ...]) -> Expr: ...
@@ -34,12 +36,22 @@ def early(writer: Writer, op: Op) -> list[Statement]:
     blocks = {role: _target(writer, op, role) for role in ("block", "keys", "exit", "head")}
     order = attribute(op, "order")
     assert isinstance(order, tuple)
+    deferred = op.attrs.get("state") == "deferred"
     rest = [syntax.code(writer.value(name)) for name in op.inputs[1:]]
+    moving = [writer.value(name) for name in op.inputs[1:] if deferred and by_call(writer.types[name])]
     x = writer.value(op.inputs[0])
     titles = {role: writer.names.fresh(title) for role, title in _TITLES.items()}
     state, layers = writer.names.fresh("state"), blocks["block"].layer_names()
     functions = [
-        _function(titles[role], role, blocks[role], state, rest if role in _RUN else [], layers if role in _RUN else {})
+        _function(
+            titles[role],
+            role,
+            blocks[role],
+            state,
+            rest if role in _RUN else [],
+            layers if role in _RUN else {},
+            [syntax.code(value) for value in moving] if role == "block" else [],
+        )
         for role in _TITLES
     ]
     times, exits = attribute(op, "times"), attribute(op, "exits")
@@ -48,6 +60,8 @@ def early(writer: Writer, op: Op) -> list[Statement]:
     stack = call("Stack", [*arrays, *map(syntax.name, titles.values())])
     told = {"at": literal(exits), "threshold": expr("threshold"), "progress": expr("progress")}
     told |= {n: literal(op.attrs[n]) for n in ("measure", "rows", "decay", "tau") if n in op.attrs}
+    if deferred:
+        told |= {"waiting": literal(attribute(op, "waiting")), "rest": syntax.sequence(moving)}
     outputs = [writer.names.new(value.name) for value in op.outputs]
     name = writer.names.fresh("stack")
     run = call("early", [syntax.name("step"), x, syntax.name(name)], told)
@@ -65,11 +79,12 @@ def _target(writer: Writer, op: Op, role: str) -> Block:
 
 
 def _function(
-    title: str, role: str, block: Block, state: str, rest: Sequence[str], layers: Mapping[str, str]
-) -> Statement:
-    """`def run(p, x, step): return layer(p, x, cos, sin, step)`."""
+    title: str, role: str, block: Block, state: str, rest: Sequence[str], layers: Mapping[str, str],
+    moving: Sequence[str],
+) -> Statement:  # fmt: skip
+    """`def run(p, x, step): return layer(p, x, cos, sin, step)`; `moving` of the rest are given with each call."""
     before, after = block.arguments()
-    own = {"exit": ["p", state], "head": [state]}.get(role, ["p", state, "step"])
+    own = {"exit": ["p", state], "head": [state]}.get(role, ["p", state, "step", *moving])
     body = syntax.statements(f"{', '.join(layers.values())} = p") if len(layers) > 1 else []
     if layers:  # what keeps keys may read fewer groups than a layer does: both are called as the layer calls them
         before = [*(layers[group] for group in block.groups), *["params"] * block.shared]

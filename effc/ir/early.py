@@ -68,6 +68,11 @@ def _numbers(op: Op) -> Iterator[str]:
     places = [place for place in at if isinstance(place, int)]
     if not places or places != sorted(set(places)) or not 1 <= places[0] <= places[-1] < times:
         yield f"exits={places}, want rising numbers of layers from 1 to {times - 1}"
+    if op.attrs.get("state") == "deferred" and len(places) > 1:
+        yield f"state=deferred has exits={places}, want one: tokens wait for all layers after it"
+    waiting = attribute(op, "waiting")
+    if not isinstance(waiting, int) or waiting < 1:
+        yield f"waiting={waiting}, want 1 or more tokens"
     if not 0 <= threshold <= 1:
         yield f"threshold={threshold}, want 0 (always leave) to 1 (never)"
 

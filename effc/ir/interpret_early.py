@@ -18,15 +18,15 @@ Call = Callable[[Sequence[Array], int], Sequence[Sequence[Array]]]
 class Tokens:
     """One chunk: states, what is shown of them so far, who has left, how many layers each ran."""
 
-    def __init__(self, x: Array):
-        self.x, self.before = x, x
+    def __init__(self, x: Array, deferred: bool = False):
+        self.x, self.before, self.deferred = x, x, deferred
         self.shown: Array | None = None
         self.left = jnp.zeros(x.shape[:2], bool)
         self.layers = jnp.zeros(x.shape[:2], jnp.int32)
 
     def step(self, x: Array, layer: int) -> None:
-        """After a layer: those that have left stay as they are."""
-        self.before, self.x = self.x, jnp.where(self.left[:, :, None], self.x, x)
+        """After a layer: those that have left stay as they are, or run it later, which comes to the same as now."""
+        self.before, self.x = self.x, x if self.deferred else jnp.where(self.left[:, :, None], self.x, x)
         self.layers = jnp.where(self.left, self.layers, layer + 1)
 
     def show(self, logits: Array, leaves: Array) -> None:

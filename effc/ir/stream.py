@@ -249,7 +249,7 @@ def _repeat(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence
 
 def _early(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence[_State]) -> None:
     """Every layer on every chunk; tokens that have left keep their state, which is what they are defined by."""
-    tokens = [Tokens(state.values[op.inputs[0]]) for state in states]
+    tokens = [Tokens(state.values[op.inputs[0]], op.attrs.get("state") == "deferred") for state in states]
     rest = [[state.values[name] for name in op.inputs[1:]] for state in states]
 
     def call(name: str) -> Callable[[Sequence[Array], int], list[Sequence[Array]]]:

@@ -147,7 +147,7 @@ class Engine:
         """The state after the first token, with the first drafts where the program has a drafter."""
         if self.speculation is None:
             plain = how.greedy and not how.filters
-            return self.exits.begin(state, new, how.exits, plain) if self.exits else state
+            return self.exits.begin(self.params, state, new, how.exits, plain) if self.exits else state
         speculation = self.speculation.asking(how.alpha, how.exits)
         state = speculation.begin(self.params, state, prompts, new, vocab, features, how.choice)
         args = (self.params, state, how.numbers)

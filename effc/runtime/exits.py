@@ -1,7 +1,8 @@
 """Leaving a stack of layers early: when a token is sure enough, and what the layers it skips still keep.
 
 A token that leaves keeps its state x through the layers it skips; each of these still makes keys and values of
-x, so that later tokens find them (state propagation). With a cache and one token a sequence, layers that no row
+x, so that later tokens find them (state propagation). Or, deferred, it runs them later, beside a token that does not
+leave: what later tokens find is then the full model's. With a cache and one token a sequence, layers that no row
 needs do not run. Otherwise all layers run and rows that have left are masked: the same numbers, nothing saved.
 """
 
@@ -15,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effc.runtime.cache import Cache, Rows, Step
+from effc.runtime.cache import Cache, Entry, Step
+from effc.runtime.deferred import Waiting, last
 from effc.runtime.kernels.region.branch import either
 from effc.runtime.kernels.region.record import recorded
 
@@ -29,7 +31,7 @@ FROM_LOGITS = frozenset({"softmax", "softmax_max"})
 
 @dataclass(frozen=True)
 class Stack:
-    """layers and exits: parameters of each; run(p,x,step) and leave(p,x) give states, head(x) logits.
+    """layers and exits: parameters of each; run(p,x,step,*rest) and leave(p,x) give states, head(x) logits.
 
     keep(p,x,step) does of run only what later tokens see. `leave` gives the classifier's score [b,t,1] too where
     that is the measure.
@@ -37,7 +39,7 @@ class Stack:
 
     layers: Sequence[Any]
     exits: Sequence[Any]
-    run: Callable[[Any, jax.Array, Step], jax.Array]
+    run: Callable[..., jax.Array]
     keep: Callable[[Any, jax.Array, Step], Any]
     leave: Callable[[Any, jax.Array], Any]
     head: Callable[[jax.Array], jax.Array]
@@ -55,30 +57,42 @@ class Rule:
     measure: str
     threshold: jax.Array
     rows: str
+    waiting: int = 0
+    """Deferred: so many tokens may wait for the layers they left out. 0: these keep what x gives them."""
+    rest: tuple[jax.Array, ...] = ()
+    """Deferred: what layers read beside x of each token, [b,t,...]."""
 
 
 def early(
     step: Step, x: jax.Array, stack: Stack, *, at: tuple[int, ...], measure: str = "softmax",
     threshold: Any = 1.0, progress: Any = None, rows: str = "masked", decay: str = "none", tau: float = 4.0,
+    waiting: int = 0, rest: tuple[jax.Array, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Logits [b,t,V] of where each token left, and how many layers it ran, i32[b,t].
+    """Logits [b,t,V] of where each token left, and how many layers it ran before, i32[b,t].
 
     progress f32[b]: how much of the text is written, 0 to 1; it lowers the threshold where that decays.
     """
     done = jnp.zeros(x.shape[0], jnp.float32) if progress is None else progress
-    rule = Rule(at, measure, decayed(threshold, done, decay, tau)[:, None], rows)
+    rule = Rule(at, measure, decayed(threshold, done, decay, tau)[:, None], rows, waiting, rest)
     none = jnp.zeros(x.shape[:2], jnp.float32)
     shown = jnp.zeros_like(x) if measure not in FROM_LOGITS else _like(stack.head, x)
     before = step.taken
     state = _segment(stack, rule, 0, (x, shown, none, none), step, alone=True)
     entries = (step.taken - before) // at[0]  # of each layer
+    if waiting and step.cached and x.shape[1] == 1:
+        state = _deferring(stack, rule, state, step, entries)
+        return _told(stack, rule, state)
     for i in range(1, len(at) + 1):
         if step.cached and x.shape[1] == 1:
             state = _skipping(stack, rule, i, state, step, entries)
         else:
             state = _segment(stack, rule, i, state, step)
+    return _told(stack, rule, state)
+
+
+def _told(stack: Stack, rule: Rule, state: State) -> tuple[jax.Array, jax.Array]:
     _, shown, _, layers = state
-    return (shown if measure in FROM_LOGITS else stack.head(shown)), layers.astype(jnp.int32)
+    return (shown if rule.measure in FROM_LOGITS else stack.head(shown)), layers.astype(jnp.int32)
 
 
 def _like(head: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -96,16 +110,20 @@ def _segment(stack: Stack, rule: Rule, i: int, state: State, step: Step, *, alon
     """The layers up to the i-th exit, or to the end, and who leaves there; `alone` where nobody has left yet."""
     x, shown, left, layers = state
     start, stop = _bounds(stack, rule, i)
-    before = x
+    before, goes_on = x, alone or rule.waiting > 0
     for p in stack.layers[start:stop]:
-        before, x = x, _kept(left, x, stack.run(p, x, step), alone)
+        before, x = x, _kept(left, x, stack.run(p, x, step, *rule.rest), goes_on)
     layers = _kept(left, layers, jnp.full_like(layers, stop), alone)
     if i == len(rule.at):
-        final = stack.head(x) if rule.measure in FROM_LOGITS else x
-        return x, _kept(left, shown, final, alone), left, layers
+        return x, _kept(left, shown, _final(stack, rule, x), alone), left, layers
     seen, sure = _seen(stack, rule, i, x, before)
     shown = _kept(left, shown, seen, alone)
     return x, shown, _leaves(rule, left, sure, alone), layers
+
+
+def _final(stack: Stack, rule: Rule, x: jax.Array) -> jax.Array:
+    """What is shown after all layers."""
+    return stack.head(x) if rule.measure in FROM_LOGITS else x
 
 
 def _kept(left: jax.Array, old: jax.Array, new: jax.Array, alone: bool) -> jax.Array:
@@ -139,13 +157,13 @@ def _skipping(stack: Stack, rule: Rule, i: int, state: State, step: Step, entrie
     cache = Cache(step.lengths, step.ahead(entries * (stop - start)))
     alone = state[0].shape[0] == 1 or rule.rows == "wait"  # where a row goes on, all do
 
-    def on(carry: tuple[State, tuple[Rows, ...]]) -> tuple[State, tuple[Rows, ...]]:
+    def on(carry: Carry) -> Carry:
         state, entries = carry
         part = Step(state[0], Cache(cache.lengths, entries))
         state = _segment(stack, rule, i, state, part, alone=alone)
         return state, part.cache().entries
 
-    def off(carry: tuple[State, tuple[Rows, ...]]) -> tuple[State, tuple[Rows, ...]]:
+    def off(carry: Carry) -> Carry:
         state, entries = carry
         part = Step(state[0], Cache(cache.lengths, entries))
         for p in stack.layers[start:stop]:
@@ -155,6 +173,49 @@ def _skipping(stack: Stack, rule: Rule, i: int, state: State, step: Step, entrie
     state, grown = either(state[2], on, off, (state, cache.entries))
     step.put(grown)
     return state
+
+
+Carry = tuple[State, tuple[Entry, ...]]
+
+
+def _deferring(stack: Stack, rule: Rule, state: State, step: Step, entries: int) -> State:
+    """The layers after the exit where a row needs them or too many tokens wait, on these too; else one waits more."""
+    x, shown, left, layers = state
+    count = entries * (len(stack.layers) - rule.at[0])
+    ahead, values = step.ahead(count + 1), (x, *rule.rest)
+    found = ahead[count] if len(ahead) > count else Waiting.none(values, rule.waiting)
+    assert isinstance(found, Waiting)
+    waiting, carry = found.settled(), (shown, layers, ahead[:count])
+    stays = left * waiting.other(waiting.most)
+    for size in range(waiting.most + 1):  # a call is traced for each: so many tokens run beside the new one
+        skipped = jnp.maximum(stays, waiting.other(size))
+        run = _catching_up(stack, rule, step, left, waiting.before(size, values))
+        carry = either(skipped, run, lambda carry: carry, carry)
+    shown, layers, grown = carry
+    step.put((*grown, waiting.after(values, stays)))
+    return x, shown, left, layers
+
+
+Shown = tuple[jax.Array, jax.Array, tuple[Entry, ...]]
+"""Logits or states, layers, and what layers keep."""
+
+
+def _catching_up(
+    stack: Stack, rule: Rule, step: Step, left: jax.Array, rows: Sequence[jax.Array]
+) -> Callable[[Shown], Shown]:
+    """The layers after the exit on rows [b,n,...], the last of which is the new token's."""
+
+    def run(carry: Shown) -> Shown:
+        shown, layers, entries = carry
+        x, *rest = rows
+        part = Step(x, Cache(step.lengths - (x.shape[1] - 1), entries))
+        for p in stack.layers[rule.at[0] :]:
+            x = stack.run(p, x, part, *rest)
+        shown = select(left, shown, _final(stack, rule, last(x)))
+        layers = select(left, layers, jnp.full_like(layers, len(stack.layers)))
+        return shown, layers, part.cache().entries
+
+    return run
 
 
 @recorded

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from effc.errors import EffcError
+from effc.runtime.cache import Cache
 from effc.runtime.program import Program
 
 State = dict[str, Any]
@@ -29,7 +30,7 @@ class Exits:
     threshold: float = 1.0
     tokens: int = 0
 
-    def begin(self, state: State, new: int, asked: float | None, certified: bool) -> State:
+    def begin(self, params: Any, state: State, new: int, asked: float | None, certified: bool) -> State:
         """The state with what exits need, or as it is where the full model is to run all the time.
 
         asked: a threshold without guarantee; None: the certified one, where this way of choosing is `certified`.
@@ -46,7 +47,15 @@ class Exits:
             "total": jnp.float32(self.tokens or new),
             "counts": jnp.zeros(self.layers + 1, jnp.int32),
         }
-        return {**state, "exits": jax.tree.map(jnp.copy, own)}  # no array twice: they are donated
+        own = jax.tree.map(jnp.copy, own)  # no array twice: they are donated
+        return {**state, "cache": self._with_waiting(params, state["cache"]), "exits": own}
+
+    def _with_waiting(self, params: Any, cache: Cache) -> Cache:
+        """The cache with what the exits' own function keeps beside it: tokens that have yet to run layers."""
+        tokens = jax.ShapeDtypeStruct((cache.lengths.shape[0], 1), jnp.int32)
+        shapes = jax.eval_shape(lambda p, x, c: self.entry(p, x, c)[2], params, tokens, cache)
+        more = shapes.entries[len(cache.entries) :]
+        return Cache(cache.lengths, (*cache.entries, *(entry.empty(cache.capacity) for entry in more)))
 
     def advance(self, params: Any, state: State) -> tuple[jax.Array, State]:
         """Logits [b,1,V] after the token chosen last; the state has the layers each row ran, for `counted`."""

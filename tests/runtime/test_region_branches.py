@@ -56,7 +56,9 @@ def run(p: dict[str, Any], x: jax.Array, step: Step) -> jax.Array:
     return x + layers.linear(a.reshape(x.shape), p["o"])
 
 
-def extend(p: Any, tokens: jax.Array, cache: Cache | None, threshold: Any, measure: str = "softmax") -> Any:
+def extend(
+    p: Any, tokens: jax.Array, cache: Cache | None, threshold: Any, measure: str = "softmax", waiting: int = 0
+) -> Any:
     def leave(own: Any, x: jax.Array) -> Any:
         out = x + layers.linear(layers.norm(x, kind="rms", eps=1e-6), own["w"])
         return (out, layers.linear(x, own["score"])) if measure == "classifier" else out
@@ -66,20 +68,28 @@ def extend(p: Any, tokens: jax.Array, cache: Cache | None, threshold: Any, measu
 
     step, x = Step(tokens, cache), layers.embed(tokens, p["embed"])
     stack = exits.Stack(p["layers"], p["exits"], run, keep, leave, head)
-    logits, ran = exits.early(step, x, stack, at=AT, threshold=threshold, measure=measure)
+    at = AT[:1] if waiting else AT
+    logits, ran = exits.early(step, x, stack, at=at, threshold=threshold, measure=measure, waiting=waiting)
     return logits, ran, step.cache()
 
 
 def written(call: Any, batch: int, threshold: float, tokens: int = 4) -> tuple[Any, list[Any]]:
     """The cache after some tokens, and logits and layers of each."""
     p, out = params(), list[Any]()
-    shapes = cache_shapes(lambda p, x: (None, extend(p, x, None, 1.0)[2]), p, batch)
-    cache = empty_cache(shapes, 16)
+    cache = begun(call, p, batch)
     for t in range(tokens):
         ids = jnp.asarray([[(7 * t + 13 * row) % VOCAB] for row in range(batch)], jnp.int32)
         logits, ran, cache = call(p, ids, cache, jnp.float32(threshold))
         out.append((logits, ran))
     return cache, out
+
+
+def begun(call: Any, p: Any, batch: int) -> Cache:
+    """An empty cache, with room for tokens that wait where there are such."""
+    shapes = cache_shapes(lambda p, x: (None, extend(p, x, None, 1.0)[2]), p, batch)
+    cache, tokens = empty_cache(shapes, 16), jnp.zeros((batch, 1), jnp.int32)
+    more = jax.eval_shape(call, p, tokens, cache, jnp.float32(1))[2].entries[len(cache.entries) :]
+    return Cache(cache.lengths, (*cache.entries, *(entry.empty(16) for entry in more)))
 
 
 def middle(call: Any, batch: int) -> float:
@@ -152,6 +162,34 @@ def test_a_step_is_one_call_and_gives_what_loops_give(measure: str, batch: int):
             assert (ran == layers_).all()
             np.testing.assert_allclose(logits, other, atol=2e-3)
         for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(wanted_cache), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("measure", "batch"),
+    [("classifier", 1), *(pytest.param(*more, marks=pytest.mark.slow) for more in (("softmax", 1), ("softmax", 3)))],
+)
+def test_a_step_whose_layers_are_deferred_gives_what_loops_give(measure: str, batch: int):
+    """One call for one sequence: how many wait in a batch is told by a minimum, which is XLA's."""
+    function = partial(extend, measure=measure, waiting=2)
+    ours, plain = jax.jit(native.regions(function)), jax.jit(function)
+
+    def chosen(p: Any, tokens: jax.Array, cache: Cache, threshold: Any) -> Any:
+        logits, ran, cache = function(p, tokens, cache, threshold)
+        return jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32), ran[:, 0], cache
+
+    if batch == 1:
+        args = params(), jnp.zeros((1, 1), jnp.int32), begun(function, params(), 1), jnp.float32(0.5)
+        text = jax.jit(native.regions(chosen)).lower(*args).as_text()
+        assert text.count("custom_call @effc_region") == 1 and "while" not in text
+    for threshold in (0.0, middle(ours, batch), 1.0):
+        cache, mine = written(ours, batch, threshold, tokens=8)
+        wanted_cache, wanted = written(plain, batch, threshold, tokens=8)
+        for (logits, ran), (other, layers_) in zip(mine, wanted, strict=True):
+            assert (ran == layers_).all()
+            np.testing.assert_allclose(logits, other, atol=2e-3)
+        assert (cache.entries[-1].count == wanted_cache.entries[-1].count).all()
+        for a, b in zip(jax.tree.leaves(cache.entries[:-1]), jax.tree.leaves(wanted_cache.entries[:-1]), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-3)
 
 

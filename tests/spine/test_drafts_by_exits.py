@@ -94,6 +94,13 @@ def test_drafts_by_exits_of_coded_layers(exits_draft: Callable[[str], Engine]) -
     assert result.tokens == generate(machine, PROMPTS, max_new_tokens=20).tokens
 
 
+def test_drafts_defer_no_layers_since_verification_runs_them() -> None:
+    text = (PASSES / "tiny.effc").read_text().replace("2 * f32", "6 * f32").replace("times=2", "times=6")
+    after = runner.run(parse(text), Pipeline.parse("calm{first=2,state=deferred},draft").ordered())[-1].after
+    (op,) = (op for op in after.funcs["early"].ops if op.kind == "early")
+    assert op.attrs["exits"] == (2,) and not {"state", "waiting"} & set(op.attrs)
+
+
 def test_what_cannot_draft_by_exits_is_refused() -> None:
     assert [p.name for p in Pipeline.parse("draft,quant4,calm").ordered()] == ["calm", "draft", "quant4"]
     with pytest.raises(EffcError, match=r"'calm' and 'draft.kind=self.*write draft.kind=exits"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from effc.backend.plan import by_call, by_token
 from effc.ir.core import Decode, Func, Module, Op, Ref, Value
 from effc.ir.rewrite import names_of, prune
 from effc.ir.types import Type
@@ -37,6 +38,10 @@ class Calm(Pass):
     )
     adapter: Literal["mlp", "linear", "none"] = option("mlp", "what is trained in front of the head at each exit")
     finetune: bool = option(False, "train the layers too, for exits and last layer together")
+    state: Literal["propagate", "deferred"] = option(
+        "propagate", "skipped layers keep what the exit's state gives them, or run later beside a token that takes all"
+    )
+    waiting: int = option(3, "state=deferred: tokens that may wait for that")
     rows: Literal["masked", "wait"] = option("masked", "in a batch each row leaves by itself, or all wait for all")
     decay: Literal["none", "paper", "t5x"] = option("none", "how the threshold falls along a text")
     tau: float = option(4.0, "how fast it falls")
@@ -58,6 +63,7 @@ class Calm(Pass):
             raise PassError(f"calm: the module decodes by {told}, want greedy: calm comes first")
         shape = find(module)
         exits_of(self, shape.layers, shape.order)
+        _check_state(self, shape)
         _check_texts(self, module)
 
     def run(self, module: Module, notes: Notes) -> Module:
@@ -111,13 +117,29 @@ def exits_of(made_by: Calm, layers: int, order: tuple[int, ...] = ()) -> tuple[i
         raise PassError("calm: first and every want 0 or more, min_exit 1 or more")
     ends = tuple(place for place in range(made_by.min_exit, len(order)) if order[place] < order[place - 1])
     if ends and not (made_by.first or made_by.every):
-        return ends
+        return ends[:1] if made_by.state == "deferred" else ends
+    if made_by.state == "deferred" and not made_by.every:
+        every = layers
     at = tuple(place for place in range(first, layers, every) if place >= made_by.min_exit)
     if not at:
         raise PassError(
             f"calm: no exit from {max(first, made_by.min_exit)} on in {layers} layers, want one before the last"
         )
     return at
+
+
+def _check_state(made_by: Calm, shape: Shape) -> None:
+    """PassError where tokens cannot wait: they take along what layers read of them, token by token."""
+    if made_by.waiting < 1:
+        raise PassError(f"calm: waiting is {made_by.waiting}, want 1 or more tokens")
+    if made_by.state != "deferred":
+        return
+    if len(exits_of(made_by, shape.layers, shape.order)) > 1:
+        raise PassError("calm: state=deferred, want one exit: tokens wait for all layers after it")
+    types = shape.forward.types()
+    other = next((n for n in shape.repeat.inputs if by_call(types[n]) and not by_token(types[n])), None)
+    if other:
+        raise PassError(f"calm: layers read %{other}, {types[other]}, want [b,t,...] of them with state=deferred")
 
 
 def _check_texts(made_by: Calm, module: Module) -> None:
@@ -136,6 +158,7 @@ def _early(made_by: Calm, shape: Shape, at: tuple[int, ...], exit: Func, name: s
     tokens = Value(names_of(shape.forward).fresh("layers"), Type("i32", shape.state.shape[:2]))
     told = {"measure": made_by.measure, "rows": made_by.rows}
     told |= {"decay": made_by.decay, "tau": made_by.tau} if made_by.decay != "none" else {}
+    told |= {"state": made_by.state, "waiting": made_by.waiting} if made_by.state == "deferred" else {}
     attrs = {
         "block": shape.repeat.attrs["block"], "times": shape.layers, **({"order": shape.order} if shape.order else {}),
         "exits": at, "exit": Ref(exit.name),

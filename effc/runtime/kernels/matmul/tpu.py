@@ -96,8 +96,8 @@ def _form(x: jax.Array, w: QArray, layout: str, digits: int) -> Form:
     """All but the columns of a step."""
     rows, extent = x.shape
     inside, group = rows <= BLOCK, min(w.group or extent, extent)
-    form = Form(_rounded(rows) if inside else BLOCK, extent, 0, group, digits, layout, inside=inside)
-    return replace(form, strip=tiling.strip(form, GENERATIONS[on_tpu.generation()].unit))
+    strip = GENERATIONS[on_tpu.generation()].unit
+    return Form(_rounded(rows) if inside else BLOCK, extent, 0, group, digits, layout, strip, inside)
 
 
 def _rounded(rows: int) -> int:

@@ -165,5 +165,5 @@ class Former:
         if slot.shape is not None or (not given and slot.size == 4 * place.rows * place.width):
             return place
         copy = known.room(place.rows, place.width)
-        program.by_rows(MAP, sides.copied(copy, place), [slot], copy.slot, place.rows)
+        program.by_rows(MAP, known.copied(copy, place), [slot], copy.slot, place.rows)
         return copy

@@ -13,7 +13,7 @@ from effc.runtime.kernels.region import program as ops
 from effc.runtime.kernels.region import steps as known
 from effc.runtime.kernels.region.branch import BRANCH, operands
 from effc.runtime.kernels.region.flat import Step, reads
-from effc.runtime.kernels.region.program import ALWAYS, NOWHERE, Branch, Place, Slot
+from effc.runtime.kernels.region.program import ALWAYS, Branch, Slot
 
 if TYPE_CHECKING:
     from effc.runtime.kernels.region.form import Former
@@ -46,13 +46,14 @@ def _joined(former: Former, step: Step) -> bool:
     first = _side(former, on, step.params["on"], consts[0], state)
     if first is None:
         return False
-    former.updated = {id(former.values[old]): slot for old, slot in _caches(former, state, first)}
+    grown = _caches(former, state, first)
+    former.updated = {id(former.values[old]): slot for old, slot in grown if old in former.values}
     second = _side(former, off, step.params["off"], consts[1], state)
     former.updated = {}
     if second is None:
         return False
-    pairs = zip(step.outs, first, second, strict=True)
-    return all(_meet(former, number, ((on, a), (off, b))) for number, a, b in pairs)
+    results = zip(step.outs, state, first, second, strict=True)
+    return all(_meet(former, number, old, ((on, a), (off, b))) for number, old, a, b in results)
 
 
 def _caches(former: Former, state: Sequence[Any], results: Sequence[Any]) -> list[tuple[int, Slot]]:
@@ -90,14 +91,15 @@ def _taken(former: Former, at: float, step: Step) -> bool:
     return True
 
 
-def _meet(former: Former, number: int, sides: Sequence[tuple[Branch, Any]]) -> bool:
+def _meet(former: Former, number: int, old: Any, sides: Sequence[tuple[Branch, Any]]) -> bool:
     """One value from the results of both sides, each copied where its side runs."""
     atoms = [atom for _, atom in sides]
-    if all(isinstance(atom, int) and atom in former.caches for atom in atoms):
-        slots = {id(former.caches[atom]): former.caches[atom] for atom in atoms}
-        former.caches[number] = former.caches[atoms[0]]
-        former.places[number] = former.places[atoms[0]]
-        return len(slots) == 1
+    grown = [atom for atom in atoms if isinstance(atom, int) and atom in former.caches]
+    if grown:  # a side that gives back what it was given leaves it where it lies
+        former.caches[number] = former.caches[grown[0]]
+        former.places[number] = former.places[grown[0]]
+        slots = {id(former.caches[atom]) for atom in grown}
+        return len(slots) == 1 and all(atom in grown or atom is old or atom == old for atom in atoms)
     aval = former.avals[number]
     if aval.dtype != np.float32:
         return False
@@ -109,12 +111,7 @@ def _meet(former: Former, number: int, sides: Sequence[tuple[Branch, Any]]) -> b
         if place is None:
             return False
         former.program.branch = branch
-        former.program.by_rows(ops.MAP, copied(meeting, place), [place.slot], meeting.slot, rows)
+        former.program.by_rows(ops.MAP, known.copied(meeting, place), [place.slot], meeting.slot, rows)
         former.program.branch = outer
     former.places[number] = meeting
     return True
-
-
-def copied(to: Place, place: Place) -> list[Any]:
-    """Words of an op that copies rows."""
-    return [to, place, Place(NOWHERE, 1, 1, 0), known.COPY, place.width, 1, 0, 0.0]

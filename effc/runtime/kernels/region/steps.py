@@ -187,23 +187,35 @@ def _rope(former: Former, step: Step, args: Args) -> bool:
 def _append(former: Former, step: Step, args: Args) -> bool:
     """A row of a cache [b*g,S,m] for each new token, in place: nothing else may read the old cache."""
     old, new, lengths = args.values
-    x, cache, at = args.place(new), args.outside(old), args.outside(lengths)
-    if x is None or cache is None or at is None or cache.ndim != 3:
+    x, at, aval = args.place(new), args.outside(lengths), args.types[old]
+    if x is None or at is None or len(aval.shape) != 3:
         return False
     _, tokens, heads, width = step.shape(1)
-    kind = _kind(cache.dtype)
-    if kind is None or (cache.dtype == np.uint8 and width % 2):
+    kind = _kind(aval.dtype)
+    if kind is None or (aval.dtype == np.uint8 and width % 2):
         return False
-    grown = former.updated.pop(id(cache), None)
-    if former.last[args.atoms[old]] != former.at or (grown is None and former.program.takes(cache)):
+    slot = _grown(former, args.atoms[old])
+    if slot is None:
         return False
-    slot = grown or former.program.update(cache)
     counts = former.program.input(at)
-    words = [x, slot, counts, tokens, heads, width, cache.shape[1], kind]
+    words = [x, slot, counts, tokens, heads, width, aval.shape[1], kind]
     former.program.by_rows(ops.APPEND, words, [x.slot, counts], slot, x.rows)
     former.places[step.outs[0]] = Place(slot, 1, slot.size // 4, slot.size // 4)
     former.caches[step.outs[0]] = slot
     return True
+
+
+def _grown(former: Former, old: Any) -> Slot | None:
+    """Where a cache lies that nothing but this step reads from now on; the region may have grown it before."""
+    if former.last[old] != former.at:
+        return None
+    if former.inside(old):
+        return former.caches.get(old)
+    cache = former.values[old]
+    grown = former.updated.pop(id(cache), None)
+    if grown is None and former.program.takes(cache):
+        return None
+    return grown or former.program.update(cache)
 
 
 def _kind(dtype: Any) -> int | None:
@@ -324,6 +336,30 @@ def _split(former: Former, step: Step) -> bool:
     return True
 
 
+def _concatenate(former: Former, step: Step) -> bool:
+    """Values side by side along the last axis."""
+    shape = step.out().shape
+    if not is_wide(step.out()) or step.params["dimension"] != len(shape) - 1 or len(shape) > 3:
+        return False
+    rows, width = rows_of(shape)
+    parts = [former.place(atom) for atom in step.ins]
+    lie = [p and p.reshaped(rows, step.shape(i)[-1]) for i, p in enumerate(parts)]
+    y, start = room(rows, width), 0
+    if None in lie:
+        return False
+    for place in (place for place in lie if place is not None):
+        to = y.columns(start, start + place.width)
+        former.program.by_rows(ops.MAP, copied(to, place), [place.slot], y.slot, rows)
+        start += place.width
+    former.places[step.outs[0]] = y
+    return True
+
+
+def copied(to: Place, place: Place) -> list[Any]:
+    """Words of an op that copies rows."""
+    return [to, place, Place(NOWHERE, 1, 1, 0), COPY, place.width, 1, 0, 0.0]
+
+
 def _argmax(former: Former, step: Step) -> bool:
     """Over the last axis; NaN counts as the largest, as in XLA."""
     place, shape = former.places.get(step.ins[0]), step.shape()
@@ -343,5 +379,5 @@ _LAYERS: dict[str, Callable[[Former, Step, Args], bool]] = {
 
 _OTHERS: dict[str, Callable[[Former, Step], bool]] = {
     "reshape": _reshape, "squeeze": _reshape, "expand_dims": _reshape, "slice": _slice, "split": _split,
-    "argmax": _argmax,
+    "argmax": _argmax, "concatenate": _concatenate,
 }  # fmt: skip
