@@ -31,7 +31,7 @@ from effc.runtime.train.data import mixed, windows
 from effc.runtime.train.history import Fitted, Row
 from effc.runtime.train.judge import judge
 from effc.runtime.train.loop import Evaluate, fit
-from effc.runtime.train.own import OwnText
+from effc.runtime.train.own import Continued, OwnText
 from effc.runtime.train.plan import Batches, Loss, Plan, Tree
 from effc.runtime.train.tree import by_name
 from effc.runtime.weights import load_params
@@ -42,6 +42,9 @@ LOOKED_AT = 4096
 
 BESIDE, BESIDE_ROWS = 8, 32
 """Samples of its own, so many times so many, that a model reads beside --calib: 64 k tokens in windows of 256."""
+
+CONTINUED, CONTINUED_ROWS = 64, 64
+"""Texts that a model says greedily, likewise: half a million tokens in windows of 128."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,13 @@ class Context:
         own = replace(self.own, length=self.window, rows=BESIDE_ROWS, most=BESIDE)
         made = BESIDE * BESIDE_ROWS * self.window
         return mixed(text, own.batches(rows), made / (made + len(self.ids)), self.seed)
+
+    def continued(self, rows: int, length: int, prompt: int) -> Batches:
+        """What the teacher says greedily after windows of --calib and samples of its own, `prompt` tokens of each."""
+        own, length = self.own, min(length, self.window)
+        more = {"text": self.ids, "head": self.head, "prompt": min(prompt, length), "folder": own.folder}
+        said = Continued(own.engine, own.starts, length, own.seed, CONTINUED_ROWS, CONTINUED, **more)
+        return said.batches(rows)
 
     def prompts(self, count: int, length: int) -> np.ndarray:
         """i32[count,length] to calibrate on: of --calib, without overlap as far as it goes, or own samples."""

@@ -17,6 +17,8 @@ from effc.ir.rewrite import names_of, prune
 from effc.ir.types import Type
 from effc.passes.calm.adapters import GROUP, SCORE
 from effc.runtime.train import Plan, Tick, chosen, forward_kl, mean
+from effc.runtime.train.data import mixed
+from effc.runtime.train.plan import Batches
 from effc.weights import Store
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ ROWS, LENGTH = 8, 128
 
 RATE, TUNING_RATE = 2e-3, 5e-4
 """Learning rates of exits alone, and where the layers learn too."""
+
+BESIDE = 0.25
+"""Share of sequences of a step that are windows of --calib (or samples) where the layers learn: they go on saying
+what they said of any text."""
 
 LOOKED_AT = 8
 """Windows of the evaluation text on which the agreement of exits is told."""
@@ -51,16 +57,22 @@ def train(made_by: Calm, module: Module, store: Store, context: Context) -> Stor
         tree["teacher"], trainable["teacher"] = teacher.params, False
     plan = Plan(context.budget, lr=TUNING_RATE if made_by.finetune else RATE, seed=context.seed)
     fitted = context.fit(
-        loss, tree, context.batches(ROWS, LENGTH), plan, trainable=trainable,
+        loss, tree, _lessons(made_by, context), plan, trainable=trainable,
         evaluate=lambda tree: look(tree["student"]), tag=_tag(made_by, count), title="calm: exits",
     )  # fmt: skip
     return context.model(module, store).store(fitted.params["student"], store)
 
 
+def _lessons(made_by: Calm, context: Context) -> Batches:
+    """What the model says greedily, which is what exits are asked about; layers that learn read other text too."""
+    said = context.continued(ROWS, LENGTH, made_by.prompt)
+    return mixed(said, context.batches(ROWS, LENGTH), BESIDE, context.seed) if made_by.finetune else said
+
+
 def _tag(made_by: Calm, count: int) -> str:
     """What training depends on: a new calibration of the same exits goes on from them."""
     places = (made_by.first, made_by.every, made_by.min_exit, count)
-    return f"{places} {made_by.adapter} {made_by.measure == 'classifier'} {made_by.finetune}"
+    return f"{places} {made_by.adapter} {made_by.measure == 'classifier'} {made_by.finetune} {made_by.prompt}"
 
 
 def part(text: str | None, *, learnt: bool) -> str | None:

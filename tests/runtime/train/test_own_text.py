@@ -13,11 +13,12 @@ from effc.backend.to_python import emit, load_program
 from effc.errors import EffcError
 from effc.ir.parser import parse
 from effc.runtime.engine import Engine
+from effc.runtime.generate import generate
 from effc.runtime.program import Program
 from effc.runtime.train import Budget, Plan, Tree, fit, windows
 from effc.runtime.train.judge import judge
 from effc.runtime.train.objective import Objective
-from effc.runtime.train.own import OwnText
+from effc.runtime.train.own import Continued, OwnText
 from effc.runtime.train.policy import on_policy
 from effc.runtime.train.tree import places
 from effc.runtime.weights import parse_spec
@@ -49,6 +50,19 @@ def _entries(program: Program):
 
 def vocab(program: Program, params: Tree) -> int:
     return jax.eval_shape(program.forward, params, jnp.zeros((1, 2), jnp.int32)).shape[-1]
+
+
+def test_continued_text_is_prompts_and_what_is_likeliest_after_them(program: Program, tmp_path: Path) -> None:
+    engine, text = Engine(program, arrays(program, 0)), np.arange(40, 60, dtype=np.int32)
+    said = Continued(engine, [3], 9, seed=1, rows=4, folder=tmp_path, text=text, prompt=5, head=(3,))
+    drawn, given = said.chunk(0), said.chunk(1)
+    assert drawn.shape == given.shape == (4, 10) and len(list(tmp_path.iterdir())) == 2
+    assert (given[:, 0] == 3).all() and (np.diff(given[:, 1:5], axis=1) == 1).all()  # a window of the text
+    for row in (*drawn, *given):
+        greedy = generate(engine, [row[:5].tolist()], max_new_tokens=5, stop_ids=())
+        assert greedy.tokens[0] == row[5:].tolist()
+    other = Continued(engine, [3], 9, seed=1, rows=4, folder=tmp_path, text=text + 1, prompt=5, head=(3,))
+    assert not np.array_equal(other.chunk(1)[:, 1:5], given[:, 1:5])  # another text is not read from what was kept
 
 
 def test_own_text_is_made_once_and_the_same(program: Program, tmp_path: Path) -> None:
