@@ -21,6 +21,7 @@ from effc.ir.stream import run
 from effc.ir.verify import verify
 from effc.passes.base import Notes, PassError
 from effc.passes.calm import Calm
+from effc.passes.calm.side import agreement
 from effc.passes.calm.train import both_ways, part, weighted, with_exits
 from effc.passes.context import Context, Model
 from effc.passes.runner import step
@@ -187,6 +188,49 @@ def test_quantized_models_have_exits_too(made: Make, apply, random_store):
     assert str(module.params["exits.gate"].type).startswith("q4")
 
 
+DEFERRED = {"first": 2, "state": "deferred", "waiting": 2}
+
+
+def test_deferred_layers_stand_in_the_ir_and_read_what_tokens_take_along(made: Make):
+    module, store = made(**DEFERRED)
+    (early,) = (op for op in module.funcs["early"].ops if op.kind == "early")
+    assert (early.attrs["exits"], early.attrs["state"], early.attrs["waiting"]) == ((2,), "deferred", 2)
+    assert "state=deferred, waiting=2" in dump(module)
+    wanted = run(_at(module, 0.02), store, jnp.asarray(TOKENS))
+    model = Model.of(module, store)
+    logits, layers, _ = jax.jit(model.program.entries["early"])(model.params, TOKENS, threshold=0.02)
+    np.testing.assert_allclose(logits, wanted, atol=2e-4)
+    assert {2, 6} == {int(n) for n in layers.ravel()}
+    full = jax.jit(model.program.forward)(model.params, jnp.asarray(TOKENS))
+    stayed = np.asarray(layers) == 6  # the text before them left early: they do not see that
+    np.testing.assert_allclose(np.asarray(logits)[stayed], np.asarray(full)[stayed], atol=1e-5)
+
+
+def test_generation_with_deferred_layers_is_what_their_definition_says(made: Make):
+    module, store = made(**DEFERRED)
+    model = Model.of(module, store)
+    engine, call = Engine(model.program, model.params), jax.jit(model.program.entries["early"])
+    prompts = [row.tolist() for row in TOKENS]
+    result = generate(engine, prompts, max_new_tokens=9, exits=0.02)
+    for prompt, new in zip(prompts, result.tokens, strict=True):
+        whole = jnp.asarray([prompt + new])
+        full = model.program.forward(model.params, whole[:, : len(prompt)])
+        early = call(model.params, whole, threshold=0.02)[0]
+        wanted = [full[0, -1], *early[0, len(prompt) : -1]]
+        assert new == [int(jnp.argmax(logits)) for logits in wanted]
+    assert result.stats.exits is not None and set(result.stats.exits.by_layers) == {2, 6}
+
+
+def test_deferred_exits_are_one(made: Make):
+    with pytest.raises(PassError, match="state=deferred, want one exit"):
+        made(**{**DEFERRED, "every": 2})
+    with pytest.raises(PassError, match="waiting is 0"):
+        made(**{**DEFERRED, "waiting": 0})
+    module, _ = made(**DEFERRED)
+    broken = parse(dump(module).replace("waiting=2", "waiting=0"))
+    assert any("want 1 or more tokens" in str(fault) for fault in verify(broken))
+
+
 # -- training ----------------------------------------------------------------------------------------------
 
 
@@ -275,6 +319,24 @@ def test_a_certified_threshold_is_bound_to_weights_and_settings(made: Make, tmp_
     shifted = replace(store[name], read=lambda i: {"": store[name].read(i)[""] + np.float32(1e-3)})
     with pytest.raises(EffcError, match="calibrated for other weights or settings"):
         certificate.check(module, Store({**store.entries, name: shifted}), "here")
+
+
+def test_how_often_exits_agree_is_told_of_the_full_models_own_texts(made: Make, tmp_path: Path):
+    module, store, notes = _calibrated(made, tmp_path, prompts=6, prompt=6, tokens=4)
+    shares = notes.measured["agreement"]
+    assert list(shares) == [2, 4] and any("exits agree with the last layer on" in line for line in notes.choices)
+    prompts = [row.tolist() for row in np.random.default_rng(3).integers(0, 160, (3, 5))]
+    model = Model.of(module, store)
+    full = generate(Engine(model.program, model.params), prompts, max_new_tokens=7).tokens
+    wanted, wide = np.zeros(2), Model.of(with_exits(module)[0], store)
+    extend = jax.jit(wide.program.extend)
+    for prompt, text in zip(prompts, full, strict=True):
+        last, *exits, _ = extend(wide.params, jnp.asarray([prompt + text]))
+        at = slice(len(prompt), len(prompt) + 6)
+        assert np.array_equal(last[0, at].argmax(-1), text[1:])
+        wanted += [np.mean(np.asarray(exit[0, at]).argmax(-1) == text[1:]) / 3 for exit in exits]
+    context = _context(parse(TINY), store, tmp_path)
+    assert list(agreement(module, store, context, prompts, full).values()) == pytest.approx(list(wanted))
 
 
 def test_too_few_prompts_leave_the_full_model_and_say_how_many_are_wanted(made: Make, tmp_path: Path):
