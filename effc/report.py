@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from effc import curves
 from effc.evaluate import Quality
 
 
@@ -135,6 +136,7 @@ class Report:
         """One page that needs no other file."""
         env = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         env.filters["size"] = size
+        env.filters["drawn"] = curves.svg
         return env.from_string(resources.files("effc").joinpath("report.html").read_text()).render(report=self)
 
 

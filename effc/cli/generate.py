@@ -46,7 +46,12 @@ def add(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="X",
         help="leave, or keep a small model's answer or token, at confidence X: no guarantee",
     )
-    exits.add_argument("--alpha", type=float, metavar="X", help="of a cascade's rule: no guarantee")
+    exits.add_argument(
+        "--alpha",
+        type=float,
+        metavar="X",
+        help="of a cascade's rule: no guarantee (tokenv3 is lossless below 0, not at 0)",
+    )
     parser.add_argument("--stats", action="store_true", help="tokens/s on stderr at the end, and what drafts came to")
     cache_option(parser)
     _sampling_options(parser)

@@ -159,7 +159,8 @@ def stream(engine: Engine, request: Request, result: Result, plain: Callable[...
 def _like(result: Result, count: int) -> Result:
     """One for so many rows, empty."""
     stats = type(result.stats)()
-    return replace(result, tokens=[[] for _ in range(count)], finish=["length"] * count, stats=stats, texts=None)
+    tokens, drawn = ([list[int]() for _ in range(count)] for _ in range(2))
+    return replace(result, tokens=tokens, drawn=drawn, finish=["length"] * count, stats=stats, texts=None)
 
 
 def _sure(engine: Engine, request: Request, first: Result) -> list[float]:

@@ -64,6 +64,28 @@ def test_scoring_what_was_drawn_gives_its_score_to_the_bit(lm: LM, seed: int) ->
     assert fresh("the ab", max_tokens=30, stop="o", temperature=1.3).log_prob(draw.value) == draw.score
 
 
+def test_each_effect_reports_its_own_tokens_and_forwards(lm: LM, opened: Opened) -> None:
+    """As if it had run alone: the prompt and what is drawn, read for the draw and once more for the score."""
+
+    @program
+    def both(other: LM) -> Steps:
+        first = yield sample(lm("import os", max_tokens=5, temperature=0), "small")
+        return (yield sample(other(f"import os{first}", max_tokens=3, temperature=0), "large"))
+
+    other = _other(opened)
+    alone = forward(both(other), 1)[0]
+    prompt, new = len(lm.model.encode("import os")), len(alone["small"].ids)
+    small, large = (next(r for r in alone.records if r.name == name) for name in ("small", "large"))
+    assert small.tokens == 2 * (prompt + new) and alone["small"].finish == "length"
+    assert small.forwards == 1 + (new - 1) + 2  # the prompt, a call a token after the first; both once more
+    assert large.tokens == 2 * (len(other.model.encode(f"import os{alone['small']}")) + len(alone["large"].ids))
+    assert (alone.tokens, alone.forwards) == (small.tokens + large.tokens, small.forwards + large.forwards)
+    many = forward(both(other), 4)  # in one batch, and answered out of the cache
+    assert all(
+        [(r.tokens, r.forwards) for r in t.records] == [(r.tokens, r.forwards) for r in alone.records] for t in many
+    )
+
+
 def test_a_text_spelled_as_the_tokenizer_does_scores_as_plain_text_too(lm: LM, generator: Generator) -> None:
     dist, met = lm("the ab", max_tokens=3), 0
     for seed in range(12):

@@ -58,9 +58,11 @@ def test_each_row_is_the_answer_of_the_model_that_is_sure(both: Any, confidence:
 
 def test_the_ends_are_the_two_models_and_stops_hold(both: Any) -> None:
     found, large, small = both
-    for threshold, want in ((0.0, small), (1.0, large)):
+    for threshold, want, calls in ((0.0, small, (0, 80)), (1.0, large, (72, 0))):
         found.answers = replace(found.answers, threshold=threshold)
-        assert generate(found, PROMPTS, max_new_tokens=9).tokens == want
+        got = generate(found, PROMPTS, max_new_tokens=9)
+        assert got.tokens == want and got.stats.answers
+        assert (got.stats.answers.large_calls, got.stats.answers.small_calls) == calls
     stop = small[0][3]
     found.answers = replace(found.answers, threshold=0.0)
     got = generate(found, PROMPTS, max_new_tokens=9, stop_ids=[stop])

@@ -15,12 +15,13 @@ from effc.passes.cascade import calibrate, texts
 from effc.passes.cascade.small import with_decode
 from effc.passes.draft import plan
 from effc.report import PassReport, Report, Side
+from effc.runtime.deferral import GRIDS
 from effc.runtime.engine import Engine
 from effc.runtime.generate import generate
 from effc.weights import Store
 
 PROMPT = np.random.default_rng(5).integers(0, 160, 12).tolist()
-FEW = "prompt=4,tokens=4,delta=0.5,gamma=1,force=true"
+FEW = "prompt=4,tokens=4,delta=0.5,gamma=1,force=true,curve=0"
 """Little to generate and to measure."""
 
 
@@ -112,6 +113,24 @@ def test_too_few_prompts_fall_back_to_plain_speculation_and_say_how_many_are_wan
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("passes", "way"),
+    [
+        ("speccascade{kind=int4,rule=opt,alpha=0.1,prompt=4,tokens=4,gamma=1,curve=2},quant8", ("opt", "by hand")),
+        ("cascade{kind=int4,prompts=24,prompt=4,tokens=4,delta=0.5,gamma=1,curve=2},quant4", ("answer", "certified")),
+    ],
+)
+def test_the_report_has_the_curve_of_every_rule(passes: str, way: tuple[str, str], served) -> None:
+    (told, *_) = served(passes).reports
+    rows = told.measured["curve"]["rows"]
+    assert {row["way"] for row in rows} == {"large", "small", "speculation", *GRIDS, "token", "answer"}
+    assert [(row["way"], row["mark"]) for row in rows if row["mark"]] == [way]
+    assert any(line.startswith(f"{way[1]}, on 2 prompts: {way[0]} ") for line in told.measured["summary"])
+    page = Report("m", "", "lossy", "", Side(1, 4, 4), Side(1, 4, 4), [told]).html()
+    assert page.count("<circle") == len(rows) and "nan" not in page
+
+
+@pytest.mark.slow
 def test_nothing_certified_leaves_the_large_model_alone(served) -> None:
     found = served(f"cascade{{kind=int4,prompts=10,{FEW.replace('0.5', '0.05')}}}")
     decode, (told, *_) = found.module.decode, found.reports
@@ -125,7 +144,12 @@ def test_the_page_shows_what_was_tried() -> None:
         {"alpha": -0.8, "loss": 0.0, "p": 1e-4, "certified": True, "deferral": 0.4},
         {"alpha": -0.6, "loss": 0.2, "p": 0.7, "certified": False, "deferral": 0.3},
     ]
-    measured = {"kind": "cascade", "rule": "opt", "tried": tried}
+    curve = {"prompts": 8, "rows": [{
+        "way": "opt", "setting": -0.8, "mark": "certified", "loss": 0.01, "deferral": 0.4, "acceptance": 0.9,
+        "large_calls": 20, "small_calls": 60, "rate": 110.0, "speed": 1.25,
+    }]}  # fmt: skip
+    measured = {"kind": "cascade", "rule": "opt", "tried": tried, "curve": curve}
     passes = [PassReport("speccascade", "guaranteed", 0.5, measured=measured)]
     page = Report("m", "speccascade", "guaranteed", "bounded", Side(1, 4, 4), Side(1, 4, 4), passes).html()
     assert '<th class="n">alpha</th>' in page and "0.2000" in page and "30.0 %" in page and "not certified" in page
+    assert "<svg" in page and "&lt;svg" not in page and "x1.25" in page and "of 8 prompts" in page

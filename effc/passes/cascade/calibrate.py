@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from effc import certificate
 from effc.calibration.learn_then_test import Certificate, certify
+from effc.curves import summary
 from effc.ir.core import Module
 from effc.ir.decoding import CASCADE, CERTIFIED
 from effc.passes.base import Notes
 from effc.passes.cascade.small import GAMMA, Cascading, with_decode
 from effc.passes.cascade.texts import Prompts, Speaking, certified_line, promise
+from effc.passes.cascade.ways import Curve, drawn, running
 from effc.passes.draft import plan
 from effc.runtime.deferral import GRIDS
 from effc.runtime.engine import Engine
@@ -31,7 +33,7 @@ def by_rule(made_by: Cascading, module: Module, store: Store, context: Context, 
     """The module with a certified alpha and what was measured; plain speculation where that is as fast."""
     started, engine = time.perf_counter(), plan.served(module, store)
     if not made_by.automatic:
-        return planned(made_by, module, engine, context, notes)
+        return by_hand(made_by, planned(made_by, module, engine, context, notes), engine, context, notes)
     engine.eos = tuple(context.tokenizer.eos_ids) if context.tokenizer else ()
     rule, prompts = rule_of(module), Prompts.of(made_by, context)
     speaking = Speaking(plan.decoding(engine, with_decode(module, _strategy(module), gamma=SHORT)), prompts)
@@ -40,13 +42,23 @@ def by_rule(made_by: Cascading, module: Module, store: Store, context: Context, 
     if found.chosen is None:
         notes.chose(f"plain speculation, the large model's own text: {found.reason('alpha')}")
         settled = planned(made_by, without(module), engine, context, notes)
-        notes.measured = _numbers(rule, found, speaking, {}, notes, started)
+        curve = drawn(made_by, settled, engine, prompts, None)
+        notes.measured = _numbers(rule, found, speaking, {}, curve, notes, started)
         return settled
     told = with_decode(module, _strategy(module), alpha=found.chosen)
     notes.chose(certified_line(found, f"alpha of {rule},"))
     settled, speeds = _faster(made_by, told, promise(made_by, found, found.chosen), engine, prompts, context, notes)
-    notes.measured = _numbers(rule, found, speaking, speeds, notes, started)
+    curve = drawn(made_by, settled, engine, prompts, (running(module)[0], found.chosen))
+    notes.measured = _numbers(rule, found, speaking, speeds, curve, notes, started)
     return certificate.bind(settled, store) if has_rule(settled) else settled
+
+
+def by_hand(made_by: Cascading, module: Module, engine: Engine, context: Context, notes: Notes) -> Module:
+    """The module as it is, and what its setting is worth on a few prompts."""
+    engine.eos = tuple(context.tokenizer.eos_ids) if context.tokenizer else ()
+    curve = drawn(made_by, module, engine, Prompts.of(made_by, context), running(module))
+    notes.measured = {"kind": "cascade", "tried": [], "curve": curve, "summary": [*notes.choices, *summary(curve)]}
+    return module
 
 
 def rule_of(module: Module) -> str:
@@ -113,7 +125,13 @@ def _faster(
 
 
 def _numbers(
-    rule: str, found: Certificate, speaking: Speaking, speeds: dict[str, float], notes: Notes, started: float
+    rule: str,
+    found: Certificate,
+    speaking: Speaking,
+    speeds: dict[str, float],
+    curve: Curve,
+    notes: Notes,
+    started: float,
 ) -> dict[str, Any]:
     """For report.json."""
     tried = [
@@ -123,8 +141,8 @@ def _numbers(
     return {
         "kind": "cascade", "rule": rule, "certified": found.chosen, "delta": found.delta, "epsilon": found.epsilon,
         "n": found.n, "needed": found.needed, "reason": found.reason("alpha"), "tried": tried, "speeds": speeds,
-        "summary": list(notes.choices), "seconds": time.perf_counter() - started,
+        "curve": curve, "summary": [*notes.choices, *summary(curve)], "seconds": time.perf_counter() - started,
     }  # fmt: skip
 
 
-__all__ = ["by_rule", "planned", "without"]
+__all__ = ["by_hand", "by_rule", "planned", "without"]

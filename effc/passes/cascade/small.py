@@ -54,6 +54,7 @@ class Cascading(Pass):
     prompts: int = option(200, "calibration prompts")
     prompt: int = option(32, "tokens of each")
     tokens: int = option(32, "tokens generated from each; later ones are the large model's")
+    curve: int = option(8, "prompts on which the report draws every rule, plain speculation and each model; 0: none")
     force: bool = option(False, "cascade even where it was measured to be slower")
 
     @abstractmethod
@@ -142,6 +143,8 @@ def part(made_by: Cascading, context: Context, *, learnt: bool) -> str | None:
 
 def check_texts(made_by: Cascading, module: Module) -> None:
     """PassError for texts that cannot be generated: asked before anything is trained."""
+    if made_by.curve < 0:
+        raise PassError(f"{made_by.name}: curve={made_by.curve}, want 0 or more prompts")
     if made_by.prompt < 1 or made_by.prompts < 1 or made_by.tokens < 2:
         raise PassError(
             f"{made_by.name}: prompts and prompt want 1 or more, tokens 2 or more: one comes with the prompt"

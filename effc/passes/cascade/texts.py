@@ -32,6 +32,7 @@ class Prompts:
     rows: Sequence[list[int]]
     references: Sequence[list[int]] | None
     asked: Cascading
+    batch: int = BATCH
 
     @staticmethod
     def of(made_by: Cascading, context: Context) -> Prompts:
@@ -43,9 +44,14 @@ class Prompts:
         references = [row[made_by.prompt :] for row in rows] if made_by.risk else None
         return Prompts([row[: made_by.prompt] for row in rows], references, made_by)
 
+    def first(self, count: int) -> Prompts:
+        """Some of them, to be answered one at a time."""
+        references = self.references and self.references[:count]
+        return replace(self, rows=self.rows[:count], references=references, batch=1)
+
     def generate(self, engine: Engine, **how: float) -> list[Result]:
-        """What the engine says after each, at most BATCH at a time; batches of one size as far as it goes."""
-        size = -(-len(self.rows) // -(-len(self.rows) // BATCH))
+        """What the engine says after each, at most `batch` at a time; batches of one size as far as it goes."""
+        size = -(-len(self.rows) // -(-len(self.rows) // self.batch))
         batches = [self.rows[at : at + size] for at in range(0, len(self.rows), size)]
         return [generate(engine, rows, max_new_tokens=self.asked.tokens, **how) for rows in batches]  # type: ignore[arg-type]
 

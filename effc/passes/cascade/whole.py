@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from effc import certificate
 from effc.calibration.learn_then_test import Certificate, certify
+from effc.curves import summary
 from effc.ir.core import Module
 from effc.passes.base import Notes
+from effc.passes.cascade.calibrate import by_hand
 from effc.passes.cascade.small import with_decode
 from effc.passes.cascade.texts import Prompts, certified_line, promise
+from effc.passes.cascade.ways import ANSWER, Curve, drawn
 from effc.passes.draft import plan
 from effc.runtime.engine import Engine
 
@@ -42,9 +45,11 @@ class Answered:
 
 def by_threshold(made_by: Cascade, module: Module, store: Store, context: Context, notes: Notes) -> Module:
     """The module with a certified threshold; 1, the large model always, where nothing is or it would be slower."""
-    if not made_by.automatic:
+    if not made_by.automatic and not made_by.curve:
         return module
     started, engine = time.perf_counter(), plan.served(module, store)
+    if not made_by.automatic:
+        return by_hand(made_by, module, engine, context, notes)
     engine.eos = tuple(context.tokenizer.eos_ids) if context.tokenizer else ()
     prompts = Prompts.of(made_by, context)
     answered = _answered(engine, module, prompts) if prompts.rows else Answered([], [])
@@ -57,7 +62,8 @@ def by_threshold(made_by: Cascade, module: Module, store: Store, context: Contex
         notes.chose(certified_line(found, "threshold") + f", {answered.deferral(chosen):.0%} deferred")
         speeds = _speeds(engine, module, prompts, answered.deferral(chosen))
         chosen = _worth(made_by, chosen, speeds, notes)
-    notes.measured = _numbers(made_by, found, answered, speeds, notes, started)
+    curve = drawn(made_by, module, engine, prompts, None if found.chosen is None else (ANSWER, found.chosen))
+    notes.measured = _numbers(made_by, found, answered, speeds, curve, notes, started)
     told = promise(made_by, found, chosen) if chosen < 1 else {}
     settled = with_decode(module, "cascade", threshold=chosen, **told)
     return certificate.bind(settled, store) if told else settled
@@ -97,7 +103,13 @@ def _worth(made_by: Cascade, chosen: float, speeds: dict[str, float], notes: Not
 
 
 def _numbers(
-    made_by: Cascade, found: Certificate, answered: Answered, speeds: dict[str, float], notes: Notes, started: float
+    made_by: Cascade,
+    found: Certificate,
+    answered: Answered,
+    speeds: dict[str, float],
+    curve: Curve,
+    notes: Notes,
+    started: float,
 ) -> dict[str, Any]:
     """For report.json."""
     tried = [
@@ -108,7 +120,8 @@ def _numbers(
     return {
         "kind": "cascade", "confidence": made_by.confidence, "certified": found.chosen, "delta": found.delta,
         "epsilon": found.epsilon, "n": found.n, "needed": found.needed, "reason": found.reason(), "tried": tried,
-        "speeds": speeds, "summary": list(notes.choices), "seconds": time.perf_counter() - started,
+        "speeds": speeds, "curve": curve, "summary": [*notes.choices, *summary(curve)],
+        "seconds": time.perf_counter() - started,
     }  # fmt: skip
 
 
