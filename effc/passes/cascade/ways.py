@@ -77,6 +77,7 @@ class Ways:
     base: Engine
     confidence: str = "mean"
     whole: bool = True
+    made: dict[tuple[str, int], Engine] = field(default_factory=dict[tuple[str, int], Engine], compare=False)
 
     @staticmethod
     def of(
@@ -101,10 +102,14 @@ class Ways:
         """A cascade by whole answers."""
         return self.engine(strategy="cascade", level="sequence", threshold=0.5, confidence=self.confidence)
 
-    def deferring(self, name: str, **decode: Any) -> Engine:
-        """A rule, or for TOKEN the small model alone until Chow's rule defers."""
-        alone = {"strategy": "cascade", "level": "token", "gamma": ALONE} if name == TOKEN else {}
-        return self.engine(rule="chow" if name == TOKEN else name, alpha=0.5, **alone, **decode)
+    def deferring(self, name: str, gamma: int = 0) -> Engine:
+        """A rule, or for TOKEN the small model alone until Chow's rule defers; made and compiled once."""
+        alone = {"strategy": "cascade", "level": "token"} if name == TOKEN else {}
+        gamma = gamma or (ALONE if name == TOKEN else int(self.base.program.decode["gamma"]))
+        if (name, gamma) not in self.made:
+            rule = "chow" if name == TOKEN else name
+            self.made[name, gamma] = self.engine(rule=rule, alpha=0.5, gamma=gamma, **alone)
+        return self.made[name, gamma]
 
     def plain(self) -> list[Way]:
         """Each model alone, and plain speculation."""
