@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.generations import GENERATIONS
 from effc.runtime.kernels.matmul import reference, steps, tiling, tpu
 from effc.runtime.kernels.matmul.steps import Form
@@ -128,6 +129,8 @@ def test_what_it_does_not_take() -> None:
     assert not tpu.fits(x, tpu.prepared(coded(384, 128, 48, 4, "kn", True)), "kn")  # parts registers of codes
     assert not tpu.fits(x, coded(384, 128, 32, 4, "kn", True), "kn")  # two codes a byte
     assert not tpu.fits(x, coded(384, 128, 32, 8, "nk", True), "nk")  # groups of a table's rows
+    with on_tpu.traced("v4"):
+        assert not tpu.fits(x, coded(384, 128, 0, 8, "kn", True), "kn")  # its matrix unit takes no int8
 
 
 @pytest.mark.parametrize("chip", GENERATIONS)

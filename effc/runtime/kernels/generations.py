@@ -43,3 +43,7 @@ GENERATIONS = {
     )
 }
 """tpu7x: of one of its two cores."""
+
+NO_INT8 = frozenset({"v4"})
+"""Generations whose matrix unit takes no int8: codes are XLA's there, since to make floats of them in a kernel takes
+forty times what reading them does."""

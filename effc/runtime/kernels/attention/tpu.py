@@ -28,6 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.attention import tiling
 from effc.runtime.kernels.attention.tiling import SUBLANES, Form
+from effc.runtime.kernels.generations import NO_INT8
 from effc.runtime.kernels.on_tpu import Call
 
 QUERIES = 16
@@ -37,9 +38,6 @@ WIDEST = 16384
 """Elements of one position, all heads: more leaves too few positions a step."""
 
 VMEM = 64 * 2**20
-
-NO_INT8 = frozenset({"v4"})
-"""Generations whose matrix unit takes no int8: codes are XLA's there."""
 
 HIDDEN = -1e30
 """A score no key has; less would give NaN where a whole block is hidden."""
@@ -53,7 +51,7 @@ def fits(q: jax.Array, keys: jax.Array, values: jax.Array, g: int) -> bool:
     alike = keys.shape == values.shape and keys.dtype == values.dtype and keys.shape[2] == q.shape[3]
     kinds = keys.dtype.name in ("int8", "bfloat16", "float32") and q.dtype.name in ("bfloat16", "float32")
     few = 0 < q.shape[1] <= QUERIES and q.shape[2] % g == 0
-    known = keys.dtype.name != "int8" or on_tpu.generation() not in NO_INT8
+    known = keys.dtype.name != "int8" or on_tpu.generation() not in NO_INT8  # codes are XLA's there
     return alike and kinds and known and few and g * q.shape[3] <= WIDEST and q.shape[3] % SUBLANES == 0
 
 

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effc.runtime.kernels import on_tpu
-from effc.runtime.kernels.generations import GENERATIONS
+from effc.runtime.kernels.generations import GENERATIONS, NO_INT8
 from effc.runtime.kernels.matmul import steps, tiling
 from effc.runtime.kernels.matmul.steps import Form
 from effc.runtime.kernels.on_tpu import Call
@@ -52,7 +52,8 @@ def fits(x: jax.Array, w: QArray, layout: str) -> bool:
     plain = w.codes.ndim in (2, 3) and w.codes.dtype in (jnp.int8, jnp.int4) and w.form == "int"
     known = w.scales.dtype.name in SCALES
     whole = group == extent or (group % _ALIGNED == 0 and layout == "kn")
-    return along and plain and known and whole and x.shape[0] > 0 and (w.zeros is None or layout == "kn")
+    there = on_tpu.generation() not in NO_INT8
+    return there and along and plain and known and whole and x.shape[0] > 0 and (w.zeros is None or layout == "kn")
 
 
 def prepared(w: QArray) -> QArray:

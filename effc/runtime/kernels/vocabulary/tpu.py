@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from effc.runtime.kernels import on_tpu
-from effc.runtime.kernels.generations import GENERATIONS
+from effc.runtime.kernels.generations import GENERATIONS, NO_INT8
 from effc.runtime.kernels.matmul import steps, tiling
 from effc.runtime.kernels.matmul.steps import Form
 from effc.runtime.kernels.matmul.tpu import SCALES
@@ -54,7 +54,8 @@ def fits(x: jax.Array, head: jax.Array | QArray, layout: str) -> bool:
     along = (layout, head.axis) in (("kn", -2), ("nk", -1))
     plain = head.codes.ndim == 2 and head.codes.dtype in (jnp.int8, jnp.int4) and head.form == "int"
     known = head.scales.dtype.name in SCALES
-    return few and along and plain and known and (group == extent or group % 32 == 0)
+    there = on_tpu.generation() not in NO_INT8
+    return there and few and along and plain and known and (group == extent or group % 32 == 0)
 
 
 def top(
