@@ -120,7 +120,7 @@ def _lines(program: Estimate) -> list[str]:
     fits = "fits" if program.fits else "does NOT fit"
     lines = [
         f"around the kernels: {others} ops of XLA's and beginning each kernel, {share:.0%} of the time",
-        f"{program.roofline:.0%} of the weight-streaming roofline; "
+        f"{program.roofline:.0%} of the speed at which HBM gives the weights, {program.streamed:.0%} with caches; "
         f"{program.argument_bytes / 1e6:.0f} MB of arguments, {program.temporary_bytes / 1e6:.0f} MB temporary: {fits}",
     ]
     if program.copies:

@@ -73,12 +73,21 @@ class Estimate:
     @property
     def roofline(self) -> float:
         """Share of the speed at which coded weights could be streamed."""
-        return self.weight_bytes / self.hbm_bytes_a_second / self.seconds if self.seconds else 0.0
+        return self._share(self.weight_bytes)
+
+    @property
+    def streamed(self) -> float:
+        """The same of all that kernels read, caches too."""
+        return self._share(sum(kernel.calls * kernel.hbm_bytes for kernel in self.kernels))
+
+    def _share(self, read: float) -> float:
+        return read / self.hbm_bytes_a_second / self.seconds if self.seconds else 0.0
 
     def json(self) -> dict[str, Any]:
         kernels = [asdict(kernel) | {"ratio": kernel.ratio} for kernel in self.kernels]
         own = asdict(self) | {"kernels": kernels}
-        return own | {"seconds": self.seconds, "tokens_a_second": self.tokens / self.seconds, "roofline": self.roofline}
+        rates = {"tokens_a_second": self.tokens / self.seconds, "roofline": self.roofline, "streamed": self.streamed}
+        return own | {"seconds": self.seconds, **rates}
 
 
 def estimate(name: str, found: Mapping[str, Any], chip: Generation) -> Estimate:

@@ -27,6 +27,18 @@ _PUSHED, _CONVERTED = 4096, 11_000
 """int8 codes a cycle that go into the matrix units, and int4 ones that are made int8."""
 
 
+_NEARLY = 1.05
+"""Of slack, that is left for tiles without a rest."""
+
+_LOOSER = (1, 1.4, 1.5)
+"""Times slack, one after another where no tile is within it: short groups have more partial sums to scale."""
+
+_MANY = 64
+"""Rows of digits from which partial sums spill."""
+
+_BEGUN = 235
+"""Cycles of quantizing, however few rows there are."""
+
 _MIXED = 0.3
 """What quantizing still adds where there is one step."""
 
@@ -53,8 +65,18 @@ def columns(form: Form, width: int, bits: int, sizes: Sequence[int], chip: str) 
     whole = [width] * (not fits or _allowed(replace(form, columns=width), bits, sizes, chip))
     made = {n: replace(form, columns=n) for n in fits + whole}
     share = {n: modelled(one, bits, sizes, generation).share(generation, -(-width // n)) for n, one in made.items()}
-    good = [n for n in made if share[n] <= generation.slack] or list(made)
+    even = [n for n in made if width % n == 0]  # a last tile that is not full takes copies of its own
+    good = list(made)
+    for least in (generation.slack * looser for looser in _LOOSER):
+        if left := [n for n in even if share[n] <= _NEARLY * least] or [n for n in made if share[n] <= least]:
+            good = left
+            break
     return min(good, key=lambda n: seconds(made[n], width, bits, sizes, generation))
+
+
+def strip(form: Form, unit: int) -> int:
+    """Columns whose sums are held at once: the matrix unit's, or fewer where sums of those would not fit registers."""
+    return _LANES if form.blocks > 1 and form.digit_rows >= _MANY else unit
 
 
 def _allowed(form: Form, bits: int, sizes: Sequence[int], chip: str) -> bool:
@@ -73,14 +95,15 @@ def seconds(form: Form, width: int, bits: int, sizes: Sequence[int], chip: Gener
 def modelled(form: Form, bits: int, sizes: Sequence[int], chip: Generation) -> Tile:
     """What the schedule of a step is expected to be."""
     weights = form.extent * form.columns
-    pushed = weights / _PUSHED * (2 if form.layout == "nk" else 1)
+    pushed = weights / _PUSHED * (2 if form.layout == "nk" else 1) * (chip.unit // form.strip if form.blocks > 1 else 1)
     multiplied = max(form.digit_rows, 32) * weights / chip.int8_macs
     registers = -(-form.sums // 8) * len(form.spans()) * form.columns / _LANES
     each = (5 if form.digits == 2 and not form.few else 3) + 2 * (len(sizes) > 1)
     decoded = sum(10 for size in sizes if size < 4) * form.groups * form.columns / 1024
     computed = (registers * each + decoded) / 4 + (weights / _CONVERTED if bits == 4 else 0)
     quantized = form.extent * (form.rows + form.digit_rows) / 1024 * 1.3
-    return Tile(form.tile_bytes(bits, sizes), max(pushed, multiplied, computed) + chip.overhead, 60 + quantized)
+    once = max(60 + quantized, _BEGUN * (2 if form.few and form.blocks > 1 else 1))
+    return Tile(form.tile_bytes(bits, sizes), max(pushed, multiplied, computed) + chip.overhead, once)
 
 
 def vmem(form: Form, bits: int, sizes: Sequence[int]) -> int:

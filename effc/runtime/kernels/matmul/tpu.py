@@ -97,8 +97,8 @@ def _form(x: jax.Array, w: QArray, layout: str, digits: int) -> Form:
     """All but the columns of a step."""
     rows, extent = x.shape
     inside, group = rows <= BLOCK, min(w.group or extent, extent)
-    strip = GENERATIONS[on_tpu.generation()].unit
-    return Form(_rounded(rows) if inside else BLOCK, extent, 0, group, digits, layout, strip, inside)
+    form = Form(_rounded(rows) if inside else BLOCK, extent, 0, group, digits, layout, inside=inside)
+    return replace(form, strip=tiling.strip(form, GENERATIONS[on_tpu.generation()].unit))
 
 
 def _rounded(rows: int) -> int:

@@ -156,8 +156,8 @@ def _multiply_plain(inputs: Sequence[Any], scratch: Sequence[Any], logits: Any, 
 
 def _coded(x: jax.Array, head: QArray, layout: str, columns: int) -> _Product:
     rows, extent = x.shape
-    group, strip = min(head.group or extent, extent), GENERATIONS[on_tpu.generation()].unit
-    form = Form(_rounded(rows), extent, 0, group, 2, layout, strip)
+    form = Form(_rounded(rows), extent, 0, min(head.group or extent, extent), 2, layout)
+    form = replace(form, strip=tiling.strip(form, GENERATIONS[on_tpu.generation()].unit))
     bits = 4 if head.codes.dtype == jnp.int4 else 8
     values = [v for v in (head.scales, head.zeros) if v is not None]
     sizes = [v.dtype.itemsize for v in values]
@@ -234,18 +234,16 @@ def _nothing(state: Sequence[Any]) -> None:
 def _see(logits: Any, first: jax.Array, state: Sequence[Any]) -> None:
     """A tile's logits, a register's width after another; `first` counts these over the whole vocabulary."""
     best, place, second, other, total = (ref[...] for ref in state)
-    before, chunks = best, []
     for c in range(logits.shape[1] // LANES):
         x = logits[:, c * LANES : (c + 1) * LANES]
-        chunks.append(x)
-        larger, next_ = x > best, x > second
+        before, larger, next_ = best, x > best, x > second
         other = jnp.where(larger, place, jnp.where(next_, first + c, other))
         place = jnp.where(larger, first + c, place)
         second = jnp.maximum(second, jnp.minimum(x, best))
         best = jnp.maximum(x, best)
-    total = total * jnp.exp(before - best)
-    for x in chunks:
-        total = total + jnp.exp(x - best)
+        # One of the two is exp(0): the larger. So what is added and what it is added to need one exponential.
+        less = jnp.exp(jnp.minimum(x, before) - best)
+        total = jnp.where(larger, total * less + 1, total + less)
     for ref, value in zip(state, (best, place, second, other, total), strict=True):
         ref[...] = value
 
