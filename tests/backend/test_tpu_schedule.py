@@ -93,7 +93,9 @@ def test_an_estimate_is_fill_steps_and_what_is_around() -> None:
     assert json.dumps(made.json())
     slow = estimate("decode", {**found, "kernels": [{**kernel, "rare": 700}]}, chip).kernels[0]
     assert slow.seconds - one.seconds == pytest.approx(2 * 200 / 1.5e9, rel=1e-2), "of 500 + 700, 1000 are hidden"
-    assert ahead.Compiled("v5e:2x2", 1, [made]).table()
+    assert ahead.Compiled("v5e:2x2", 1, [made]).table() and made.streamed == made.roofline > 0
+    other = estimate("decode", {**found, "kernels": [{**kernel, "name": "attention_k"}]}, chip)
+    assert (other.roofline, other.streamed) == (0, made.streamed) and "no kernel reads weights" in ahead._share(other)
 
 
 def test_a_target_of_no_known_generation() -> None:

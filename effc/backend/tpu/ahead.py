@@ -115,13 +115,19 @@ def _title(program: Estimate) -> str:
     return f"{program.name}: {program.tokens} tokens in {1e6 * program.seconds:.0f} us, {rate:.0f} tokens/s estimated"
 
 
+def _share(program: Estimate) -> str:
+    if not program.weight_bytes:
+        return "no kernel reads weights: XLA's own reckoning, which memory does not bound"
+    return f"{program.roofline:.0%} of the speed at which HBM gives the weights, {program.streamed:.0%} with caches"
+
+
 def _lines(program: Estimate) -> list[str]:
     others, share = sum(program.ops.values()), program.around_seconds / program.seconds
     fits = "fits" if program.fits else "does NOT fit"
     lines = [
         f"around the kernels: {others} ops of XLA's and beginning each kernel, {share:.0%} of the time",
-        f"{program.roofline:.0%} of the speed at which HBM gives the weights, {program.streamed:.0%} with caches; "
-        f"{program.argument_bytes / 1e6:.0f} MB of arguments, {program.temporary_bytes / 1e6:.0f} MB temporary: {fits}",
+        f"{_share(program)}; {program.argument_bytes / 1e6:.0f} MB of arguments, "
+        f"{program.temporary_bytes / 1e6:.0f} MB temporary: {fits}",
     ]
     if program.copies:
         lines.append(f"weights are copied: {len(program.copies)} times, e.g. {program.copies[0]}")
