@@ -55,11 +55,10 @@ SHAPES = st.tuples(
 )  # fmt: skip
 
 
-@settings(max_examples=6, deadline=None)
-@given(SHAPES)
-def test_it_is_the_product_of_the_digits_and_that_is_close_to_the_product(
-    shape: tuple[int, int, int, int, int, bool, str, str, int],
-) -> None:
+Shape = tuple[int, int, int, int, int, bool, str, str, int]
+
+
+def check(shape: Shape) -> None:
     rows, extent, width, group, bits, sym, scale, dtype, digits = shape
     x, w = activations(rows, extent, dtype), coded(extent, width, group, bits, "kn", sym, scale=scale)
     assert tpu.fits(x, tpu.prepared(w), "kn")
@@ -67,6 +66,19 @@ def test_it_is_the_product_of_the_digits_and_that_is_close_to_the_product(
     assert gap(y, reference.matmul(x, w)) < (1e-3 if digits == 2 else 0.2)
     if dtype == "float32":  # numbers of few bits fall halfway between digits, and then either way
         assert gap(y, reference.matmul(reference.rounded(x, digits), w)) < 5e-6  # f32 sums in another order
+
+
+@settings(max_examples=6, deadline=None)
+@given(SHAPES)
+def test_it_is_the_product_of_the_digits_and_that_is_close_to_the_product(shape: Shape) -> None:
+    check(shape)
+
+
+@pytest.mark.slow
+@settings(max_examples=80, deadline=None)
+@given(SHAPES)
+def test_many_products(shape: Shape) -> None:
+    check(shape)
 
 
 @pytest.mark.parametrize(("group", "digits"), [(32, 2), (128, 2), (0, 1)])

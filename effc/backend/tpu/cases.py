@@ -104,7 +104,7 @@ def compiled(case: Case, target: str) -> Any:
     with on_tpu.traced(target.partition(":")[0]) as calls:
         function, shapes = BUILDERS[case.kind](**case.numbers)
         lowered = jax.jit(function).lower(*placed(target)(shapes))
-    text = lowered.compile().as_text()
+    text = lowered.compile().as_text() or ""
     assert len(calls) == 1 and f"%{calls[0].name}" in text, f"{case}: {[call.name for call in calls]}"
     return calls[0]
 
