@@ -40,6 +40,7 @@ SMOL = [
     ("append", {"batch": 1, "groups": 3, "head": 64, "context": 2048}),
     ("vocabulary", {"rows": 4, "extent": 576, "vocab": 49152}),
     ("acceptance", {"rows": 1, "vocab": 49152}),
+    ("lookup", {"rows": 2, "vocab": 49152, "extent": 576, "bits": 4}),
 ]
 
 LLAMA = [
@@ -54,6 +55,7 @@ LLAMA = [
     ("append", {"batch": 8, "groups": 8, "head": 128, "context": 2048, "tokens": 4}),
     ("vocabulary", {"rows": 1, "extent": 4096, "vocab": 128256, "layout": "kn", "bits": 4, "group": 128}),
     ("acceptance", {"rows": 8, "vocab": 128256}),
+    ("lookup", {"rows": 1, "vocab": 128256, "extent": 4096}),
 ]
 
 GEMMA = [

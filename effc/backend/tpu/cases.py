@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     numbers = {"type": _numbers, "metavar": "N,.."}
     parser.add_argument("target")
     parser.add_argument("--model", default=",".join(MODELS))
-    parser.add_argument("--kind", default="matmul,attention,append,vocabulary,acceptance")
+    parser.add_argument("--kind", default="matmul,attention,append,vocabulary,acceptance,lookup")
     parser.add_argument("--only", default="", help="titles that end so")
     parser.add_argument("--rows", default=[1], **numbers)
     parser.add_argument("--group", default=[128], **numbers)
@@ -162,15 +162,19 @@ def _attention(
 
 
 def _append(batch: int, groups: int, head: int, context: int, tokens: int = 1, kind: str = "int8") -> Built:
-    """int8: codes, and scales where the kernel takes them."""
+    """Keys and values; of int8 the kernel makes codes and scales, or writes codes where it cannot."""
+    from effc.runtime.coded import Split
     from effc.runtime.kernels.attention import append
 
-    d, n = (-(-head // 128) * 128 if kind == "int8" else head), batch * groups
-    kinds = [((d,), kind)] * 2 + [((), "float32")] * 2 * (kind == "int8")
-    olds, news = ([_shape((n, size, *rest), dtype) for rest, dtype in kinds] for size in (context, tokens))
-    taken = [i for i, old in enumerate(olds) if append.fits(old, tokens, batch)]
-    given = [[values[i] for i in taken] for values in (olds, news)]
-    return append.append, (*given, _shape((batch,), "int32"))
+    n, lengths = batch * groups, _shape((batch,), "int32")
+    if kind != "int8":
+        return append.append, ([_shape((n, context, head), kind)] * 2, [_shape((n, tokens, head), kind)] * 2, lengths)
+    codes, d = "int8", -(-head // 128) * 128
+    # A tree of shapes: the class does not look at what it holds.
+    old: Any = Split(_shape((n, context, d), codes), _shape((n, context)), head)
+    if append.fits_split(old, tokens, batch):
+        return append.append, ([old] * 2, [_shape((n, tokens, head))] * 2, lengths)
+    return append.append, ([old.codes] * 2, [_shape((n, tokens, d), codes)] * 2, lengths)
 
 
 def _vocabulary(
@@ -197,9 +201,15 @@ def _acceptance(rows: int, vocab: int, columns: int = 0) -> Built:
     return lambda p, q, bits: tpu.draw(p, q, bits, columns=columns), (shares, shares, _shape((rows, 2), "uint32"))
 
 
+def _lookup(rows: int, vocab: int, extent: int, bits: int = 8) -> Built:
+    from effc.runtime.kernels.lookup import tpu
+
+    return tpu.rows, (_shape((vocab, extent), "int4" if bits == 4 else "int8"), _shape((rows,), "int32"))
+
+
 BUILDERS: dict[str, Callable[..., Built]] = {
     "matmul": _matmul, "attention": _attention, "append": _append, "vocabulary": _vocabulary,
-    "acceptance": _acceptance,
+    "acceptance": _acceptance, "lookup": _lookup,
 }  # fmt: skip
 
 

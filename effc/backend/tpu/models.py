@@ -55,4 +55,5 @@ def cases(model: str, *, rows: int, group: int = 128, joined: bool = False, cont
     yield Case(f"{model} attention", "attention", {**heads, "heads": m.heads, "window": m.window})
     yield Case(f"{model} append", "append", heads)
     yield Case(f"{model} vocabulary", "vocabulary", {"rows": rows, "extent": m.width, "vocab": m.vocab})
+    yield Case(f"{model} lookup", "lookup", {"rows": rows, "vocab": m.vocab, "extent": m.width})
     yield Case(f"{model} acceptance", "acceptance", {"rows": rows, "vocab": m.vocab})
