@@ -70,7 +70,8 @@ class PassReport:
 
     def calibrated(self) -> list[str]:
         """What a calibration found, a line each."""
-        return [f"{self.spelling}: {line}" for line in self.measured.get("summary", ())]
+        told = [f"{self.spelling}: {line}" for line in self.measured.get("summary", ())]
+        return [*told, *(f"  {line}" for line in self.measured.get("chart", ()))]
 
     def json(self) -> dict[str, Any]:
         """Every field by name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import median
@@ -121,7 +121,10 @@ def calibrate(made_by: Calm, module: Module, store: Store, context: Context, not
         ways = ", ".join(f"x{gain:.2f} {_WAYS[rows]}" for rows, gain in gains.items())
         notes.chose(f"of {TOGETHER} texts at once: {ways}, tokens/s over the full model's")
     told = {"summary": list(notes.choices), "seconds": time.perf_counter() - started}
-    for line in chart(texts.rates, {t.setting: t.mean for t in found.tried}):
+    told["chart"] = chart(
+        texts.rates, {t.setting: t.mean for t in found.tried}, {t.setting for t in found.tried if t.passed}
+    )
+    for line in told["chart"]:
         notes.chose(line)
     told |= {"agreement": agreed, "together": {"texts": TOGETHER, **gains} if gains else {}}
     notes.measured = {**_numbers(found, texts, chosen), **told}
@@ -219,11 +222,13 @@ def _shares(left: Left) -> str:
     return ", ".join(f"{count / left.tokens:.0%} after {n}" for n, count in left.by_layers.items())
 
 
-def chart(rates: Mapping[float, float], losses: Mapping[float, float], width: int = 30) -> list[str]:
-    """A bar a threshold: tokens a second, and the loss beside it."""
+def chart(
+    rates: Mapping[float, float], losses: Mapping[float, float], certified: Collection[float], width: int = 30
+) -> list[str]:
+    """A bar a threshold: tokens a second, the loss beside it, and whether that is certified."""
     most = max(rates.values(), default=0.0) or 1.0
     return [
         f"{threshold:<5g} {'█' * max(1, round(width * rate / most)):<{width}} {rate:7.1f} tokens/s, "
-        f"loss {losses.get(threshold, 0.0):.4f}"
+        f"loss {losses.get(threshold, 0.0):.4f}{'' if threshold == 1 or threshold in certified else ', not certified'}"
         for threshold, rate in rates.items()
     ]
