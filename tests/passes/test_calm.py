@@ -20,8 +20,8 @@ from effc.ir.rewrite import replace_ops
 from effc.ir.stream import run
 from effc.ir.verify import verify
 from effc.passes.base import Notes, PassError
-from effc.passes.calm import Calm
-from effc.passes.calm.side import agreement
+from effc.passes.calm import Calm, calibrate
+from effc.passes.calm.side import agreement, together
 from effc.passes.calm.train import both_ways, part, weighted, with_exits
 from effc.passes.context import Context, Model
 from effc.passes.runner import step
@@ -300,7 +300,8 @@ def _calibrated(made: Make, folder: Path, **options: object) -> tuple[Module, St
     return Calm(**options).calibrate(module, store, context, notes), store, notes  # type: ignore[arg-type]
 
 
-def test_a_certified_threshold_is_bound_to_weights_and_settings(made: Make, tmp_path: Path, random_store):
+def test_a_certified_threshold_is_bound_to_weights_and_settings(made: Make, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(calibrate, "TOGETHER", 99)  # batches are another test's
     options = {"prompts": 12, "prompt": 6, "tokens": 4, "delta": 0.6, "measure": "softmax_max"}
     module, store, notes = _calibrated(made, tmp_path, **options)
     assert module.decode is not None
@@ -319,6 +320,14 @@ def test_a_certified_threshold_is_bound_to_weights_and_settings(made: Make, tmp_
     shifted = replace(store[name], read=lambda i: {"": store[name].read(i)[""] + np.float32(1e-3)})
     with pytest.raises(EffcError, match="calibrated for other weights or settings"):
         certificate.check(module, Store({**store.entries, name: shifted}), "here")
+
+
+@pytest.mark.slow
+def test_what_a_batch_gains_is_told_of_both_ways(made: Make, tmp_path: Path):
+    module, store = made()
+    prompts = np.random.default_rng(3).integers(0, 160, (8, 5)).tolist()
+    gains = together(module, store, _context(parse(TINY), store, tmp_path), prompts, 6, 0.02)
+    assert list(gains) == ["masked", "wait"] and min(gains.values()) > 0
 
 
 def test_how_often_exits_agree_is_told_of_the_full_models_own_texts(made: Make, tmp_path: Path):
