@@ -29,6 +29,9 @@ PRIOR = (0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.65, 0.7, 0.8, 0.85, 0.9)
 PROMPT = 64
 """Tokens of a prompt read at a time."""
 
+FEW = 8
+"""Tokens of which it is cheaper to have all logits than to stop at the last layer for which row is the last."""
+
 Own = dict[str, Any]
 """cache; sure i32[b], rows of it that hold what was really said; logits f32[b,V']; feature [b,d] of a head."""
 
@@ -120,7 +123,11 @@ class Chain:
             tokens = jnp.maximum(_rows(state["history"], at + skip, size), 0)
             operands = [_rows(state["features"], at, size)] if self.features else []
             valid = jnp.clip(lag(own), 0, size)
-            return self._grown(own, self.entry(params, tokens, *operands, own["cache"], valid), valid > 0)
+            if size > FEW:
+                return self._grown(own, self.entry(params, tokens, *operands, own["cache"], valid), valid > 0)
+            *made, cache = self.entry(params, tokens, *operands, own["cache"])
+            last = [_rows(x, jnp.maximum(valid - 1, 0), 1) for x in made]
+            return self._grown(own, (*last, speculate.rolled_back(cache, at + valid)), valid > 0)
 
         return lax.while_loop(lambda own: jnp.any(lag(own) > 0), read, own)
 

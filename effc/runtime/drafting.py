@@ -110,8 +110,9 @@ def widths(
     gamma: int, verify: Sequence[float], draft: float = 0.0, many: tuple[Sequence[float], float] | None = None
 ) -> Widths:
     """For drafts of up to gamma tokens; verify[k] is what a call on k+1 tokens costs, in calls on one."""
-    parts = (gamma,) if gamma < 4 else ((gamma + 1) // 2, gamma) if gamma < 9 else (gamma // 4, gamma // 2, gamma)
-    sizes = (0, *parts)
+    halves = ((gamma + 1) // 2, gamma) if gamma < 9 else (gamma // 4, gamma // 2, gamma)
+    # Few drafts are cheap to compile for, and each one sent for nothing is a large part of what they gain.
+    sizes = (0, *(range(1, gamma + 1) if gamma < 4 else halves))
 
     def costs(curve: Sequence[float]) -> tuple[float, ...]:
         sent = (next(s for s in sizes if s >= n) for n in range(gamma + 1))

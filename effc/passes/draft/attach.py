@@ -102,7 +102,7 @@ class Draft(Pass):
 
     def train(self, module: Module, store: Store, context: Context) -> Store:
         """Which tokens it can draft is found out first, then its arrays are fitted."""
-        from effc.passes.draft import train  # optax, for who trains
+        from effc.passes.draft import start, train  # optax, for who trains
 
         source = train.Source(self.kind == "head", Path(self.prompts) if self.prompts else None)
         lesson, ids = train.read(self.name, module, store, context, source), None
@@ -110,6 +110,8 @@ class Draft(Pass):
             count = int(str(module.params[head.IDS].type.shape[0]))
             ids = train.frequent(lesson, count, cut(self.name, module).vocab)
             store = head.with_ids(self.name, module, store, ids)
+        if self.kind == "head":
+            store = start.begun(self.name, module, store, lesson, context)
         model = context.model(module, store)
         return model.store(train.fit(model, lesson, ids, context), store)
 

@@ -37,7 +37,7 @@ GROUP = 64
 ROUND = 32
 """Prompts are padded to a multiple of this many tokens, so that few shapes are compiled."""
 
-State = dict[str, jax.Array]
+State = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,42 @@ class Scribe:
         spans = np.tile(np.asarray([[1, tokens.shape[1]]], np.int32), (len(tokens), 1))
         return dict(zip(FIELDS, (tokens, spans, *map(np.asarray, noted)), strict=False))
 
-    def answers(self, prompts: Sequence[Sequence[int]], whole: int, seed: int) -> dict[str, np.ndarray]:
-        """A chunk of a lesson: prompts, and what the target says after each, `whole` tokens a row in all."""
+    def answers(
+        self, prompts: Sequence[Sequence[int]], whole: int, seed: int, warm: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        """A chunk of a lesson: prompts, and what the target says after each, `whole` tokens a row in all.
+
+        warm f32[n]: temperatures.
+        """
         rows, lengths = len(prompts), np.asarray([len(prompt) for prompt in prompts], np.int32)
         wide = -(-int(lengths.max()) // ROUND) * ROUND
         tokens, new = np.zeros((rows, whole), np.int32), whole - wide
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
-        warm = jnp.asarray(np.where(np.arange(rows) % 3 == 2, WARM, 0.0), jnp.float32)
+        heat = np.where(np.arange(rows) % 3 == 2, WARM, 0.0) if warm is None else warm
         shapes = jax.eval_shape(self.see, self.params, jnp.zeros((rows, 1), jnp.int32))
-        cache = empty_cache(shapes[-1], whole)
-        ends = jnp.asarray(self.ends or (-1,), jnp.int32)
-        state, last = _begun(self.see, self.params, jnp.asarray(tokens), cache, jnp.asarray(lengths), wide)
-        state = _written(self.see, self.params, state, last, warm, ends, jax.random.key(seed), new)
-        found = {name: np.asarray(state[name]) for name in FIELDS if name in state}
-        return found | {"spans": np.stack([lengths, np.asarray(state["count"])], axis=1)}
+        cache, ends = empty_cache(shapes[-1], whole), jnp.asarray(self.ends or (-1,), jnp.int32)
+        begun, cache, last = _begun(self.see, self.params, jnp.asarray(tokens[:, :wide]), cache, jnp.asarray(lengths))
+        key, heat = jax.random.key(seed), jnp.asarray(heat, jnp.float32)
+        steps, counts = _written(self.see, self.params, cache, last, heat, ends, key, new)
+        return _aligned(tokens, begun, steps, lengths, lengths + np.asarray(counts))
+
+
+def _aligned(
+    tokens: np.ndarray, begun: Sequence[jax.Array], steps: Sequence[jax.Array], lengths: np.ndarray, ends: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What was noted of prompts [n,wide,...] and of each step [steps,n,...], as rows [n,t,...]."""
+    rows, whole = tokens.shape
+    out = {"tokens": tokens, "spans": np.stack([lengths, ends], axis=1)}
+    out |= {name: np.zeros((rows, whole, *x.shape[2:]), x.dtype) for name, x in zip(FIELDS[2:], begun, strict=False)}
+    prompts = [tokens, *map(np.asarray, begun)]
+    said = [np.asarray(x) for x in steps]
+    for name, prompt, step in zip(("tokens", *FIELDS[2:]), prompts, said, strict=False):
+        for row, length in enumerate(lengths):
+            count = min(len(step), whole - length)
+            out[name][row, :length] = prompt[row, :length]
+            out[name][row, length : length + count] = step[:count, row]
+    return out
 
 
 def scribe(name: str, module: Module, store: Store, context: Context, features: bool) -> Scribe:
@@ -103,60 +124,61 @@ def _read(see: Callable[..., Any], params: Any, tokens: jax.Array) -> tuple[jax.
     return *likeliest(logits), *(x.astype(jnp.float16) for x in others)
 
 
-@partial(jax.jit, static_argnums=(0, 5))
+@partial(jax.jit, static_argnums=0)
 def _begun(
-    see: Callable[..., Any], params: Any, tokens: jax.Array, cache: Cache, lengths: jax.Array, wide: int
-) -> tuple[dict[str, Any], jax.Array]:
-    """What is noted of prompts, with room for answers, and the logits f32[n,V] after each."""
-    logits, *others, after = regions(see)(params, tokens[:, :wide], cache)
+    see: Callable[..., Any], params: Any, tokens: jax.Array, cache: Cache, lengths: jax.Array
+) -> tuple[tuple[jax.Array, ...], Cache, tuple[jax.Array, jax.Array]]:
+    """What is noted of prompts, the cache after them, and the likeliest tokens after each."""
+    logits, *others, after = regions(see)(params, tokens, cache)
     noted = (*likeliest(logits), *(x.astype(jnp.float16) for x in others))
-    room = tokens.shape[1] - wide
-    kept = [jnp.pad(x, ((0, 0), (0, room), (0, 0))) for x in noted]
-    last = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    state = {"tokens": tokens, "count": lengths, "done": jnp.zeros(lengths.shape, bool)}
-    names = [name for name in FIELDS if name not in ("tokens", "spans")]
-    return {**state, **dict(zip(names, kept, strict=False)), "cache": rolled_back(after, lengths)}, last
+    ids, top = (jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0] for x in noted[:2])
+    return noted, rolled_back(after, lengths), (ids, top.astype(jnp.float32))
 
 
-@partial(jax.jit, static_argnums=(0, 7), donate_argnums=2)
+@partial(jax.jit, static_argnums=(0, 7))
 def _written(
-    see: Callable[..., Any], params: Any, state: dict[str, Any], last: jax.Array, warm: jax.Array, ends: jax.Array,
-    key: jax.Array, new: int,
-) -> dict[str, Any]:  # fmt: skip
-    """The state after up to `new` tokens more of each row; what a row's end is followed by is not counted."""
-    ids, top = likeliest(last)
+    see: Callable[..., Any], params: Any, cache: Cache, last: tuple[jax.Array, jax.Array], warm: jax.Array,
+    ends: jax.Array, key: jax.Array, new: int,
+) -> tuple[tuple[jax.Array, ...], jax.Array]:  # fmt: skip
+    """What is noted of up to `new` tokens more of each row, [new,n,...]; how many count: not what follows an end."""
+    ids, top = last
+    shapes = jax.eval_shape(see, params, jnp.zeros((len(warm), 1), jnp.int32), cache)
+    noted = (ids[:, :1], ids, top.astype(jnp.float16), *(x[:, 0].astype(jnp.float16) for x in _zeros(shapes[1:-1])))
+    out = tuple(jnp.zeros((new, x.shape[0], *x.shape[1:]), x.dtype) for x in noted)
+    nothing = jnp.zeros(warm.shape, jnp.int32)
+    carry = {"i": jnp.int32(0), "out": out, "cache": cache, "last": (ids, top), "done": nothing > 0, "count": nothing}
 
-    def going(carry: tuple[jax.Array, State, jax.Array, jax.Array]) -> jax.Array:
-        return (carry[0] < new) & ~jnp.all(carry[1]["done"])
+    def going(carry: State) -> jax.Array:
+        return (carry["i"] < new) & ~jnp.all(carry["done"])
 
-    def turn(carry: tuple[jax.Array, State, jax.Array, jax.Array]) -> tuple[jax.Array, State, jax.Array, jax.Array]:
-        i, state, ids, top = carry
+    def turn(carry: State) -> State:
+        i = carry["i"]
+        ids, top = carry["last"]
         token = _drawn(ids, top, warm, jax.random.fold_in(key, i))
-        state = dict(state) | {"tokens": _put(state["tokens"], token[:, None], state["count"])}
-        logits, *others, cache = see(params, token[:, None], state["cache"])
+        logits, *others, after = see(params, token[:, None], carry["cache"])
         ids, top = likeliest(logits[:, 0])
-        noted = dict(zip(("ids", "logits", "features"), (ids, top, *(x[:, 0] for x in others)), strict=False))
-        state |= {n: _put(state[n], x[:, None].astype(state[n].dtype), state["count"]) for n, x in noted.items()}
-        done = state["done"] | jnp.any(token[:, None] == ends[None, :], axis=1)
+        noted = (token[:, None], ids, top, *(x[:, 0].astype(jnp.float16) for x in others))
+        # By step, not by row: rows stand at places of their own, and writing there would copy all of it.
+        out = tuple(lax.dynamic_update_index_in_dim(x, new, i, 0) for x, new in zip(carry["out"], noted, strict=True))
+        done = carry["done"] | jnp.any(token[:, None] == ends[None, :], axis=1)
         # The token that ends a text is learned of, what would follow it is not.
-        return i + 1, {**state, "cache": cache, "done": done, "count": state["count"] + ~done}, ids, top
+        count = carry["count"] + ~done
+        last = (ids, top.astype(jnp.float32))
+        return {"i": i + 1, "out": out, "cache": after, "last": last, "done": done, "count": count}
 
-    def run(carry: Any) -> Any:
-        return lax.while_loop(going, turn, carry)
+    after = regions(lambda carry: lax.while_loop(going, turn, carry))(carry)
+    (tokens, *noted), count = after["out"], after["count"]
+    return (tokens[..., 0], *noted), count
 
-    return regions(run)((jnp.int32(0), state, ids, top))[1]
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def _drawn(ids: jax.Array, top: jax.Array, warm: jax.Array, key: jax.Array) -> jax.Array:
     """i32[n]: the likeliest, or one drawn among those kept where a row is warm."""
     draw = jax.random.categorical(key, top.astype(jnp.float32) / jnp.maximum(warm, 1e-3)[:, None])
     return jnp.where(warm > 0, jnp.take_along_axis(ids, draw[:, None], axis=1)[:, 0], ids[:, 0])
-
-
-def _put(rows: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-    """rows[n,t,...] with new[n,1,...] at at[n]."""
-    rest = (0,) * (rows.ndim - 2)
-    return jax.vmap(lambda row, part, i: lax.dynamic_update_slice(row, part, (i, *rest)))(rows, new, at)
 
 
 __all__ = ["Scribe", "likeliest", "scribe"]

@@ -61,7 +61,7 @@ class Former:
         if sides.joins(self, step):
             self.members.append(step)
             return
-        if known.is_view(step) and self.inside(step.ins[0]):
+        if known.is_view(step) and any(map(self.inside, step.ins)):
             self.defer(step)
             return
         if any(self.inside(atom) for atom in step.ins):
@@ -77,10 +77,12 @@ class Former:
         (number,) = step.outs
         self.views[number] = step
         self.members.append(step)
-        end, base = self.last.get(number, -1), step.ins[0]
-        while isinstance(base, int):
-            self.last[base] = max(self.last.get(base, -1), end)
-            base = self.views[base].ins[0] if base in self.views else None
+        end, todo = self.last.get(number, -1), list(step.ins)
+        while todo:
+            base = todo.pop()
+            if isinstance(base, int):
+                self.last[base] = max(self.last.get(base, -1), end)
+                todo += self.views[base].ins if base in self.views else ()
 
     def outside(self, step: Step) -> None:
         args = [self._array(atom) for atom in step.ins]
@@ -155,7 +157,8 @@ class Former:
         for n, number in numbers.items():
             self.values[n] = arrays[number].reshape(self.avals[n].shape)
         for step in views.values():
-            if step.ins[0] in self.values and self.last.get(step.outs[0], -1) >= at:
+            known_all = all(atom in self.values for atom in step.ins if isinstance(atom, int))
+            if known_all and self.last.get(step.outs[0], -1) >= at:
                 self.outside(step)
 
     def _whole(self, program: Program, place: Place) -> Place:

@@ -30,7 +30,7 @@ COPY = FUNCTIONS.index("copy")
 SPAN, FEW = 128, 8
 """Keys that one task of attention takes, and tokens up to which it takes no more; SPAN is attention.h's too."""
 
-_VIEWS = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "slice"})
+_VIEWS = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "slice", "concatenate"})
 _NONE = Place(NOWHERE, 1, 1, 0)
 _KINDS = ("float32", "float16", "int8", "uint8")
 _TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
@@ -48,7 +48,10 @@ def room(rows: int, width: int) -> Place:
 
 
 def is_view(step: Step) -> bool:
-    """Whether it computes nothing, or only what attention reads as it lies, or whole numbers that are only told."""
+    """Whether it computes nothing, or only what attention reads as it lies, or whole numbers that are only told.
+
+    It waits until the region ends, unless something that cannot wait reads it.
+    """
     counts = step.name == "convert_element_type" and np.issubdtype(step.out().dtype, np.integer)
     return counts or step.name in _VIEWS or is_layer(step, "held")
 
