@@ -284,7 +284,7 @@ def test_pieces_of_rows_and_what_is_read_twice() -> None:
         a, b = layers.split(layers.linear(x, w), sizes=(24, 40))
         return a, jnp.maximum(b, 0.5) / 3.0, 1.0 - jnp.tanh(b), layers.linear(jnp.concatenate([b, a], -1), w).T
 
-    compare(call, X, W, regions=2)
+    compare(call, X, W, regions=1)  # pieces are put side by side inside
 
 
 def test_loops_and_branches_have_their_own() -> None:
