@@ -18,7 +18,7 @@ class Writer(Protocol):
 
     plan: Plan
     names: Names
-    types: Mapping[str, Type]
+    types: dict[str, Type]
 
     def value(self, name: str) -> Expr: ...
     def layers(self, group: str, start: int, times: int, order: tuple[Attr, ...]) -> Expr: ...

@@ -39,7 +39,7 @@ def changed(checkpoint: Path, folder: Path, vocab: dict[str, int]) -> Path:
 def test_the_first_token_that_differs_is_named(checkpoint: Path, tmp_path: Path) -> None:
     mine = open_model(checkpoint).tokenizer()
     check_tokens(mine, checkpoint, VOCAB)
-    a, b = (mine.rust.id_to_token(number) for number in (400, 700))
+    a, b = (str(mine.rust.id_to_token(number)) for number in (400, 700))
     other = changed(checkpoint, tmp_path / "other.ckpt", {a: 700, b: 400})
     message = f"draft: token 400 is {json.dumps(a, ensure_ascii=False)} here and {json.dumps(b, ensure_ascii=False)}"
     with pytest.raises(EffcError) as told:
