@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from effc.backend import syntax
+import libcst as cst
+
+from effc.backend import heads, syntax
 from effc.backend.plan import Block, Plan, by_call
 from effc.backend.syntax import Expr, Names, Statement, call, expr, literal
 from effc.ir.core import Attr, Func, Op, Ref
@@ -21,17 +23,18 @@ class Writer(Protocol):
     types: dict[str, Type]
 
     def value(self, name: str) -> Expr: ...
+    def param(self, name: str) -> Expr: ...
     def layers(self, group: str, start: int, times: int, order: tuple[Attr, ...]) -> Expr: ...
 
 
 def keywords(func: Func) -> list[str]:
     """Further parameters of a function that tokens leave early: what decoding may say otherwise each time."""
     found = [op for op in func.ops if op.kind == "early"]
-    return [f"threshold={attribute(found[0], 'threshold')!r}", "progress=None"] if found else []
+    return [f"threshold={attribute(found[0], 'threshold')!r}", "progress=None", "likeliest=False"] if found else []
 
 
 def early(writer: Writer, op: Op) -> list[Statement]:
-    """Four local functions and the call."""
+    """Four local functions, a fifth where the head ends in one product, and the call."""
     writer.plan.used.add("early")
     blocks = {role: _target(writer, op, role) for role in ("block", "keys", "exit", "head")}
     order = attribute(op, "order")
@@ -57,8 +60,9 @@ def early(writer: Writer, op: Op) -> list[Statement]:
     times, exits = attribute(op, "times"), attribute(op, "exits")
     assert isinstance(times, int) and isinstance(exits, tuple)
     arrays = [_arrays(writer, blocks["block"], times, order), _arrays(writer, blocks["exit"], len(exits), ())]
-    stack = call("Stack", [*arrays, *map(syntax.name, titles.values())])
-    told = {"at": literal(exits), "threshold": expr("threshold"), "progress": expr("progress")}
+    functions += (best := _best(writer, op, state))
+    stack = call("Stack", [*arrays, *map(syntax.name, [*titles.values(), *(f.name.value for f in best)])])
+    told = {"at": literal(exits), **{name: expr(name) for name in ("threshold", "progress", "likeliest")}}
     told |= {n: literal(op.attrs[n]) for n in ("measure", "rows", "decay", "tau") if n in op.attrs}
     if deferred:
         told |= {"waiting": literal(attribute(op, "waiting")), "rest": syntax.sequence(moving)}
@@ -76,6 +80,17 @@ def _target(writer: Writer, op: Op, role: str) -> Block:
     target = op.attrs[role]
     assert isinstance(target, Ref)
     return writer.plan.blocks[target.name]
+
+
+def _best(writer: Writer, op: Op, state: str) -> list[cst.FunctionDef]:
+    """`def best(state):` the likeliest tokens of the head, where it ends in one product."""
+    role = op.attrs["head"]
+    assert isinstance(role, Ref)
+    head = writer.plan.module.funcs[role.name]
+    if (found := heads.product(writer.plan.module, head)) is None:
+        return []
+    tokens = heads.likeliest(writer.plan, head, state, writer.param(found.linear.params["w"]))
+    return [syntax.function(writer.names.fresh("best"), [state], [syntax.give([tokens])])]
 
 
 def _function(

@@ -19,19 +19,9 @@ Statements = list[Statement]
 
 LAYERS = frozenset(
     {
-        "embed",
-        "linear",
-        "norm",
-        "rope_table",
-        "rope",
-        "attention",
-        "fake_quant",
-        "silu",
-        "gelu",
-        "softcap",
-        "split",
+        "embed", "linear", "norm", "rope_table", "rope", "attention", "fake_quant", "silu", "gelu", "softcap", "split",
     }
-)
+)  # fmt: skip
 """Ops that are a call of the function of their name in `effc.runtime.layers`."""
 
 _PRECISE = frozenset({"embed", "linear", "norm"})
@@ -47,32 +37,12 @@ OPERATORS = {
 
 RESERVED = frozenset(
     {
-        "jax",
-        "jnp",
-        "lax",
-        "ops",
-        "LAX",
-        "Step",
-        "run",
-        "window",
-        "running",
-        "recur",
-        "recurse",
-        "early",
-        "Stack",
-        "threshold",
-        "progress",
-        "b",
-        "t",
-        "p",
-        "params",
-        "cache",
-        "valid",
-        "step",
+        "jax", "jnp", "lax", "ops", "LAX", "Step", "run", "window", "running", "recur", "recurse", "early", "Stack",
+        "top", "threshold", "progress", "likeliest", "b", "t", "p", "params", "cache", "valid", "step",
     }
     | {"forward", "extend", "main", "PARAMS", "CONTEXT", "ENTRIES", "DECODE"}
     | LAYERS
-)
+)  # fmt: skip
 
 
 class Body:

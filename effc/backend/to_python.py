@@ -10,6 +10,7 @@ import libcst as cst
 
 from effc.backend import syntax
 from effc.backend.function import LAYERS, RESERVED, Body, Statements, signature
+from effc.backend.heads import parted
 from effc.backend.plan import Plan, entries, reached
 from effc.backend.syntax import Names
 from effc.ir.core import Func, Module, Ref
@@ -37,8 +38,8 @@ class _Emitter:
     """Source of one module: blocks in the order they are met, then `extend` and `forward`."""
 
     def __init__(self, module: Module, version: str, pipeline: str):
-        self.module, self.version, self.pipeline = module, version, pipeline
-        self.plan, self.titles = Plan(module), Names(RESERVED)
+        self.module, self.version, self.pipeline = parted(module), version, pipeline
+        self.plan, self.titles = Plan(self.module), Names(RESERVED)
         self.entries: dict[str, str] = {}  # function of the module -> its name in the program
 
     def source(self) -> str:
@@ -89,7 +90,7 @@ class _Emitter:
 
     def _imports(self) -> str:
         used = self.plan.used
-        layers = sorted(used & LAYERS)
+        layers = sorted(used & {*LAYERS, "top"})
         lines = ["import jax"] * ("jax" in used) + ["import jax.numpy as jnp"] * ("jnp" in used)
         lines += ["from jax import lax"] * ("lax" in used) + [""] * bool(lines or "lax" in used)
         lines += ["from effc.runtime import primitives as ops"] * ("ops" in used)

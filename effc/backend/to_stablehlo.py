@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from jax import export
 from effc.errors import EffcError
 from effc.runtime.cache import Cache, Rows, cache_shapes
 from effc.runtime.coded import Split
+from effc.runtime.deferred import Waiting
 from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.matmul import native, tpu
+from effc.runtime.leaving import exits_of, likeliest
 from effc.runtime.program import Program
 from effc.runtime.qarray import QArray
 
@@ -26,7 +28,7 @@ PLATFORMS = ("cpu", "tpu")
 
 @dataclass(frozen=True)
 class Exported:
-    """One program: its file, what it was called with, and which platforms it runs on."""
+    """One program: its file, how it is called, with what arrays, and which platforms it runs on."""
 
     file: str
     call: str
@@ -37,7 +39,8 @@ class Exported:
 def export_programs(
     program: Program, params: Any, folder: Path, *, batch: int = 1, prompt: int = 128, capacity: int = 1024
 ) -> list[Exported]:
-    """Write prefill.bin, decode.bin and README.md to `folder`, for these fixed sizes."""
+    """Write prefill.bin, decode.bin and README.md to `folder`, for these fixed sizes; exits.bin where tokens may leave
+    layers early."""
     if prompt > capacity:
         raise EffcError(f"export: a prompt of {prompt} tokens, want at most the cache's {capacity}")
     if importlib.util.find_spec("flatbuffers") is None:
@@ -47,12 +50,17 @@ def export_programs(
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     cache = _grown(cache_shapes(extend, weights, batch), capacity)
     count = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    tokens = jax.ShapeDtypeStruct((batch, prompt), jnp.int32)
+    tokens, one = (jax.ShapeDtypeStruct((batch, n), jnp.int32) for n in (prompt, 1))
     folder.mkdir(parents=True, exist_ok=True)
     programs = [
-        _export(folder, "prefill", extend, (weights, tokens, cache, count)),
-        _export(folder, "decode", extend, (weights, jax.ShapeDtypeStruct((batch, 1), jnp.int32), cache)),
+        _export(folder, "prefill", extend, {"params": weights, "tokens": tokens, "cache": cache, "valid": count}),
+        _export(folder, "decode", extend, {"params": weights, "tokens": one, "cache": cache}),
     ]
+    if exits := exits_of(program):
+        leave, threshold = _portable(likeliest(exits.entry)), jax.ShapeDtypeStruct((), jnp.float32)
+        more = jax.eval_shape(leave, weights, one, cache, threshold)[2]  # as `Exits.with_waiting` makes it
+        given = {"params": weights, "tokens": one, "cache": more, "threshold": threshold}
+        programs.append(_export(folder, "exits", leave, given, "(tokens, layers, cache)"))
     (folder / "README.md").write_text(_readme(programs, batch, prompt, capacity))
     return programs
 
@@ -89,27 +97,22 @@ def _grown(cache: Cache, capacity: int) -> Cache:
     return Cache(cache.lengths, jax.tree.map(rows, cache.entries))
 
 
-def _export(folder: Path, name: str, extend: Callable[..., Any], arguments: tuple[Any, ...]) -> Exported:
-    platforms = _platforms(extend, arguments)
-    done = export.export(jax.jit(extend), platforms=platforms)(*arguments)
+def _export(
+    folder: Path, name: str, call: Callable[..., Any], given: Mapping[str, Any], gives: str = "(logits, cache)"
+) -> Exported:
+    done = _exported(call, tuple(given.values()))
     (folder / f"{name}.bin").write_bytes(done.serialize())
-    leaves = jax.tree_util.tree_flatten_with_path(arguments[1:])[0]
-    lines = [f"{_spell(path)}: {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves]
-    return Exported(f"{name}.bin", "params, tokens, cache" + ", valid" * (len(arguments) > 3), lines, platforms)
+    leaves = jax.tree_util.tree_flatten_with_path({k: x for k, x in given.items() if k != "params"})[0]
+    lines = [f"{path[0].key}{jax.tree_util.keystr(path[1:])}: {leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves]
+    return Exported(f"{name}.bin", f"({', '.join(given)}) -> {gives}", lines, done.platforms)
 
 
-def _platforms(extend: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[str, ...]:
-    """All of PLATFORMS, or this machine's own where an op has no lowering for the others."""
+def _exported(call: Callable[..., Any], arguments: tuple[Any, ...]) -> export.Exported:
+    """For all of PLATFORMS, or this machine's own where an op has no lowering for the others."""
     try:
-        export.export(jax.jit(extend), platforms=PLATFORMS)(*arguments)
+        return export.export(jax.jit(call), platforms=PLATFORMS)(*arguments)
     except NotImplementedError:
-        return (jax.default_backend(),)
-    return PLATFORMS
-
-
-def _spell(path: Sequence[Any]) -> str:
-    names = ("tokens", "cache", "valid")
-    return names[path[0].idx] + jax.tree_util.keystr(tuple(path[1:]))
+        return export.export(jax.jit(call), platforms=(jax.default_backend(),))(*arguments)
 
 
 _registered: list[bool] = []
@@ -120,7 +123,7 @@ def _register() -> None:
     if _registered:
         return
     _registered.append(True)
-    for kind in (Cache, Rows, Split, QArray):
+    for kind in (Cache, Rows, Split, Waiting, QArray):
         export.register_pytree_node_serialization(
             kind,
             serialized_name=f"effc.{kind.__name__}",
@@ -138,12 +141,12 @@ def _from_bytes(data: bytes) -> Any:
 
 
 def _readme(programs: Sequence[Exported], batch: int, prompt: int, capacity: int) -> str:
-    parts = [_TELLS.format(batch=batch, prompt=prompt, capacity=capacity)]
+    exits = _EXITS if any("threshold" in done.call for done in programs) else ""
+    parts = [_TELLS.format(batch=batch, prompt=prompt, capacity=capacity, exits=exits)]
     for done in programs:
         arguments = "\n".join(f"- `{line}`" for line in done.arguments)
         parts.append(
-            f"## {done.file}\n\n`({done.call}) -> (logits, cache)` for {', '.join(done.platforms)}; "
-            f"besides params:\n\n{arguments}\n"
+            f"## {done.file}\n\n`{done.call}` for {', '.join(done.platforms)}; besides params:\n\n{arguments}\n"
         )
     return "\n".join(parts)
 
@@ -153,7 +156,7 @@ _TELLS = """# Exported programs
 Serialized `jax.export` programs for {batch} sequence(s), prompts padded to {prompt} tokens and a cache of
 {capacity} tokens. `params` is the tree that `program.py` describes in `PARAMS`; `lengths` says how many
 tokens each sequence holds and grows with each call; `valid` says how many tokens of a padded prompt count.
-Quantized arrays are as TPU kernels read them: `exported_params` makes them so, once.
+{exits}Quantized arrays are as TPU kernels read them: `exported_params` makes them so, once.
 
 ```python
 from pathlib import Path
@@ -166,4 +169,9 @@ params = exported_params(load_params(Path("../model.safetensors"), program.param
 prefill = load_exported(Path("prefill.bin"))
 logits, cache = prefill(params, tokens, cache, valid)
 ```
+"""
+
+_EXITS = """`exits.bin` gives the likeliest token of each sequence and how many layers it ran; `threshold` 1 lets
+nobody leave. Its cache is prefill's; where skipped layers run later, `exits_of(program).with_waiting(params, cache)`
+of `effc.runtime.leaving`.
 """

@@ -19,6 +19,7 @@ from effc.runtime.answering import answers_of
 from effc.runtime.cache import Cache, cache_shapes, empty_cache, kept_as
 from effc.runtime.drafters import speculation_of
 from effc.runtime.drafting import Choice
+from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.region.native import has_packed, packed, regions
 from effc.runtime.leaving import counted, exits_of
 from effc.runtime.program import Program
@@ -59,6 +60,11 @@ class How:
     @property
     def filters(self) -> frozenset[str]:
         return self.sampling.filters
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the likeliest token, whatever was said before."""
+        return self.greedy and not self.filters
 
     @property
     def choice(self) -> Choice:
@@ -146,8 +152,7 @@ class Engine:
     ) -> State:  # fmt: skip
         """The state after the first token, with the first drafts where the program has a drafter."""
         if self.speculation is None:
-            plain = how.greedy and not how.filters
-            return self.exits.begin(self.params, state, new, how.exits, plain) if self.exits else state
+            return self.exits.begin(self.params, state, new, how.exits, how.plain) if self.exits else state
         speculation = self.speculation.asking(how.alpha, how.exits)
         state = speculation.begin(self.params, state, prompts, new, vocab, features, how.choice)
         args = (self.params, state, how.numbers)
@@ -165,7 +170,9 @@ class Engine:
             args = (self.params, state, how.numbers, how.stops)
             return self._ready(("rounds", chunk, how.choice), call, 1, *args)(*args)
         options = {"chunk": chunk, "greedy": how.greedy, "filters": how.filters}
-        advance = self.exits.advance if self.exits and "exits" in state else partial(_advance, self.program.extend)
+        advance = partial(_advance, self.program.extend)
+        if self.exits and "exits" in state:  # a CPU has the logits anyway, and takes their arg-max in a native region
+            advance = partial(self.exits.advance, likeliest=how.plain and on_tpu.wanted())
         call = partial(_decode, advance, **options)
         args = (self.params, state, how.numbers, how.stops, jnp.int32(limit))
         return self._ready(("decode", *options.values()), call, 1, *args)(*args)
@@ -199,16 +206,13 @@ def _spelled(extend: Callable[..., Any], params: Any, tokens: jax.Array) -> jax.
 
 
 def _choose(
-    logits: jax.Array,
-    state: State,
-    numbers: Numbers,
-    stops: jax.Array,
-    *,
-    greedy: bool,
-    filters: frozenset[str],
+    said: jax.Array, state: State, numbers: Numbers, stops: jax.Array, *, greedy: bool, filters: frozenset[str]
 ) -> State:
+    """By logits [b,1,V]; or what is said is tokens [b,1] already."""
     keys = row_keys(state["seed"], state["row"], state["cache"].lengths)
-    token = choose(logits[:, -1], state["seen"], keys, numbers, greedy=greedy, filters=filters)
+    token = said[:, -1]
+    if said.ndim > 2:
+        token = choose(token, state["seen"], keys, numbers, greedy=greedy, filters=filters)
     seen = state["seen"]
     if seen is not None:
         seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
@@ -233,8 +237,8 @@ def _decode(
 
     def turn(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
         i, state, out = carry
-        logits, state = advance(params, state)
-        chosen = _choose(logits, state, numbers, stops, greedy=greedy, filters=filters)
+        said, state = advance(params, state)
+        chosen = _choose(said, state, numbers, stops, greedy=greedy, filters=filters)
         state = counted(chosen, ~state["done"])  # after the choice: a native region goes on up to there
         shown = jnp.where(state["done"], DONE, state["token"])
         return i + 1, state, lax.dynamic_update_slice(out, shown[:, None], (0, i))

@@ -20,9 +20,11 @@ from effc.runtime.cache import Cache, Entry, Step
 from effc.runtime.deferred import Waiting, last
 from effc.runtime.kernels.region.branch import either
 from effc.runtime.kernels.region.record import recorded
+from effc.runtime.kernels.vocabulary.reference import Top, of_logits
 
 State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-"""x[b,t,d]; what is shown so far, logits [b,t,V] or, where the measure needs none, states [b,t,d]; left f32[b,t],
+"""x[b,t,d]; what is shown so far, logits [b,t,V] (or their likeliest token, i32[b,t]) or, where the measure needs
+none, states [b,t,d]; left f32[b,t],
 1 where a token has left; layers f32[b,t] that each ran. Flags are floats, as native regions have them."""
 
 FROM_LOGITS = frozenset({"softmax", "softmax_max"})
@@ -34,7 +36,7 @@ class Stack:
     """layers and exits: parameters of each; run(p,x,step,*rest) and leave(p,x) give states, head(x) logits.
 
     keep(p,x,step) does of run only what later tokens see. `leave` gives the classifier's score [b,t,1] too where
-    that is the measure.
+    that is the measure. best(x): the likeliest tokens of head(x), where they can be had without it.
     """
 
     layers: Sequence[Any]
@@ -43,6 +45,14 @@ class Stack:
     keep: Callable[[Any, jax.Array, Step], Any]
     leave: Callable[[Any, jax.Array], Any]
     head: Callable[[jax.Array], jax.Array]
+    best: Callable[[jax.Array], Top] | None = None
+
+    def top(self, x: jax.Array) -> Top:
+        """The likeliest tokens of head(x), and how likely, each [b,t]."""
+        if self.best is not None:
+            return self.best(x)
+        logits = self.head(x)
+        return of_logits(logits.reshape(-1, logits.shape[-1])).reshape(logits.shape[:-1])
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Rule:
     """at: layers that run before each exit; a token leaves where its confidence reaches the threshold.
 
     threshold f32[b,1] is 1 where nobody leaves. rows: each by itself (`masked`), or all when the least sure is
-    sure enough (`wait`).
+    sure enough (`wait`). likeliest: what is shown of logits is their likeliest token.
     """
 
     at: tuple[int, ...]
@@ -61,23 +71,24 @@ class Rule:
     """Deferred: so many tokens may wait for the layers they left out. 0: these keep what x gives them."""
     rest: tuple[jax.Array, ...] = ()
     """Deferred: what layers read beside x of each token, [b,t,...]."""
+    likeliest: bool = False
 
 
 def early(
     step: Step, x: jax.Array, stack: Stack, *, at: tuple[int, ...], measure: str = "softmax",
     threshold: Any = 1.0, progress: Any = None, rows: str = "masked", decay: str = "none", tau: float = 4.0,
-    waiting: int = 0, rest: tuple[jax.Array, ...] = (),
+    waiting: int = 0, rest: tuple[jax.Array, ...] = (), likeliest: bool = False,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Logits [b,t,V] of where each token left, and how many layers it ran before, i32[b,t].
 
     progress f32[b]: how much of the text is written, 0 to 1; it lowers the threshold where that decays.
+    likeliest: in place of logits their likeliest token, i32[b,t]; on TPUs the logits are then written nowhere.
     """
     done = jnp.zeros(x.shape[0], jnp.float32) if progress is None else progress
-    rule = Rule(at, measure, decayed(threshold, done, decay, tau)[:, None], rows, waiting, rest)
+    rule = Rule(at, measure, decayed(threshold, done, decay, tau)[:, None], rows, waiting, rest, likeliest)
     none = jnp.zeros(x.shape[:2], jnp.float32)
-    shown = jnp.zeros_like(x) if measure not in FROM_LOGITS else _like(stack.head, x)
     before = step.taken
-    state = _segment(stack, rule, 0, (x, shown, none, none), step, alone=True)
+    state = _segment(stack, rule, 0, (x, x, none, none), step, alone=True)  # all are shown to the first exit
     entries = (step.taken - before) // at[0]  # of each layer
     if waiting and step.cached and x.shape[1] == 1:
         state = _deferring(stack, rule, state, step, entries)
@@ -92,12 +103,12 @@ def early(
 
 def _told(stack: Stack, rule: Rule, state: State) -> tuple[jax.Array, jax.Array]:
     _, shown, _, layers = state
-    return (shown if rule.measure in FROM_LOGITS else stack.head(shown)), layers.astype(jnp.int32)
+    return (shown if rule.measure in FROM_LOGITS else _said(stack, rule, shown)), layers.astype(jnp.int32)
 
 
-def _like(head: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    shape = jax.eval_shape(head, x)
-    return jnp.zeros(shape.shape, shape.dtype)
+def _said(stack: Stack, rule: Rule, x: jax.Array) -> jax.Array:
+    """Logits, or the likeliest token."""
+    return stack.top(x).token if rule.likeliest else stack.head(x)
 
 
 def _bounds(stack: Stack, rule: Rule, i: int) -> tuple[int, int]:
@@ -123,7 +134,7 @@ def _segment(stack: Stack, rule: Rule, i: int, state: State, step: Step, *, alon
 
 def _final(stack: Stack, rule: Rule, x: jax.Array) -> jax.Array:
     """What is shown after all layers."""
-    return stack.head(x) if rule.measure in FROM_LOGITS else x
+    return _said(stack, rule, x) if rule.measure in FROM_LOGITS else x
 
 
 def _kept(left: jax.Array, old: jax.Array, new: jax.Array, alone: bool) -> jax.Array:
@@ -138,6 +149,9 @@ def _seen(stack: Stack, rule: Rule, i: int, x: jax.Array, before: jax.Array) -> 
         return out, jax.nn.sigmoid(score[..., 0].astype(jnp.float32))
     if rule.measure == "state":
         return out, similarity(x, before)
+    if rule.likeliest:
+        top = stack.top(out)
+        return top.token, top.margin() if rule.measure == "softmax" else top.likeliest()
     logits = stack.head(out)
     return logits, (margin if rule.measure == "softmax" else likeliest)(logits)
 
@@ -197,7 +211,7 @@ def _deferring(stack: Stack, rule: Rule, state: State, step: Step, entries: int)
 
 
 Shown = tuple[jax.Array, jax.Array, tuple[Entry, ...]]
-"""Logits or states, layers, and what layers keep."""
+"""What is shown, layers, and what layers keep."""
 
 
 def _catching_up(

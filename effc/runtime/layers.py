@@ -20,6 +20,7 @@ from jax import lax
 from effc.runtime import coded, quantized
 from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.region.record import recorded
+from effc.runtime.kernels.vocabulary.reference import Top, of_logits
 from effc.runtime.packed import Packed
 from effc.runtime.qarray import QArray
 
@@ -110,6 +111,30 @@ def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int, batch: int = 0) -
     shared = tuple(range(batch))
     axes = (((x_axis,), (y_axis,)), (shared, shared))
     return lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
+
+
+def top(x: jax.Array, w: Weight, *, layout: str = "kn", softcap: float = 0.0) -> Top:
+    """The likeliest tokens of softcap(x[b,t,K] @ w), and how likely, each [b,t]; TPUs write no logits for it."""
+    rows = x.reshape(-1, x.shape[-1])
+    written = partial(_top_written, layout=layout, softcap=softcap)
+    if not on_tpu.wanted() or isinstance(w, Packed):
+        return written(rows, w).reshape(x.shape[:-1])
+    from effc.runtime.kernels.vocabulary import tpu  # Pallas takes half a second to import
+
+    if not tpu.fits(rows, w, layout):
+        return written(rows, w).reshape(x.shape[:-1])
+    here = partial(written, here=True)
+    kernel = partial(tpu.top, layout=layout, softcap=softcap)
+    return on_tpu.either(kernel, here, rows, w).reshape(x.shape[:-1])
+
+
+def _top_written(x: jax.Array, w: Weight, *, layout: str, softcap: float, here: bool = False) -> Top:
+    """Of logits that are written; here: on no TPU."""
+    if here and isinstance(w, QArray):
+        logits = quantized.here(x.astype(jnp.float32), w, layout)
+    else:
+        logits = linear(x, w, layout=layout, dtype=jnp.float32)
+    return of_logits(softcap * jnp.tanh(logits / softcap) if softcap else logits)
 
 
 def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:

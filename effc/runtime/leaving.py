@@ -20,7 +20,8 @@ ALWAYS = 2**31 - 1
 
 @dataclass(frozen=True)
 class Exits:
-    """A program's exits: entry(params, tokens, cache, threshold=, progress=) -> (logits, layers, cache).
+    """A program's exits: entry(params, tokens, cache, threshold=, progress=) -> (logits, layers, cache); with
+    likeliest=True tokens in place of logits.
 
     threshold is certified for greedy text of up to `tokens` tokens; 1 where nothing is.
     """
@@ -48,24 +49,35 @@ class Exits:
             "counts": jnp.zeros(self.layers + 1, jnp.int32),
         }
         own = jax.tree.map(jnp.copy, own)  # no array twice: they are donated
-        return {**state, "cache": self._with_waiting(params, state["cache"]), "exits": own}
+        return {**state, "cache": self.with_waiting(params, state["cache"]), "exits": own}
 
-    def _with_waiting(self, params: Any, cache: Cache) -> Cache:
+    def with_waiting(self, params: Any, cache: Cache) -> Cache:
         """The cache with what the exits' own function keeps beside it: tokens that have yet to run layers."""
         tokens = jax.ShapeDtypeStruct((cache.lengths.shape[0], 1), jnp.int32)
         shapes = jax.eval_shape(lambda p, x, c: self.entry(p, x, c)[2], params, tokens, cache)
         more = shapes.entries[len(cache.entries) :]
         return Cache(cache.lengths, (*cache.entries, *(entry.empty(cache.capacity) for entry in more)))
 
-    def advance(self, params: Any, state: State) -> tuple[jax.Array, State]:
-        """Logits [b,1,V] after the token chosen last; the state has the layers each row ran, for `counted`."""
+    def advance(self, params: Any, state: State, *, likeliest: bool = False) -> tuple[jax.Array, State]:
+        """Logits [b,1,V], or their likeliest token [b,1], after the token chosen last; the state has the layers each
+        row ran, for `counted`."""
         own = state["exits"]
         written = state["cache"].lengths - own["begun"] + 1
         threshold = jnp.where(written < own["until"], own["threshold"], 1.0)
         progress = jnp.clip(written / own["total"], 0, 1)
         tokens = state["token"][:, None]
-        logits, layers, cache = self.entry(params, tokens, state["cache"], threshold=threshold, progress=progress)
-        return logits, {**state, "cache": cache, "exits": {**own, "ran": layers[:, 0]}}
+        how = {"threshold": threshold, "progress": progress} | ({"likeliest": True} if likeliest else {})
+        said, layers, cache = self.entry(params, tokens, state["cache"], **how)
+        return said, {**state, "cache": cache, "exits": {**own, "ran": layers[:, 0]}}
+
+
+def likeliest(entry: Callable[..., Any]) -> Callable[..., Any]:
+    """(params, tokens, cache, threshold) -> (likeliest tokens i32[b,t], layers that each ran, cache)."""
+
+    def call(params: Any, tokens: jax.Array, cache: Cache, threshold: Any) -> Any:
+        return entry(params, tokens, cache, threshold=threshold, likeliest=True)
+
+    return call
 
 
 def counted(state: State, going: jax.Array) -> State:

@@ -32,13 +32,13 @@ def matmul(x: jax.Array, w: QArray | Packed, layout: str) -> jax.Array:
         return region.matmul(x, w) if layout == w.layout and region.usable() else by_xla(x, w.plain(), layout)
     if w.form != "int":
         return by_xla(x, w, layout)
-    here = partial(_here, layout=layout)
+    plain = partial(here, layout=layout)
     if on_tpu.wanted():
         from effc.runtime.kernels.matmul import tpu  # Pallas takes half a second to import
 
         if tpu.fits(x, w, layout):
-            return on_tpu.either(partial(tpu.matmul, layout=layout, digits=tpu.digits_wanted()), here, x, w)
-    return here(x, w)
+            return on_tpu.either(partial(tpu.matmul, layout=layout, digits=tpu.digits_wanted()), plain, x, w)
+    return plain(x, w)
 
 
 def rows(table: QArray, ids: jax.Array) -> jax.Array:
@@ -52,7 +52,8 @@ def rows(table: QArray, ids: jax.Array) -> jax.Array:
     return table.rows(ids).dequantize()
 
 
-def _here(x: jax.Array, w: QArray, layout: str) -> jax.Array:
+def here(x: jax.Array, w: QArray, layout: str) -> jax.Array:
+    """`matmul` on this machine or any other that is no TPU."""
     w = w.plain()
     if w.codes.dtype != jnp.int4 and native.fits(x, w, layout) and native.available():
         return native.matmul(x, w, layout)

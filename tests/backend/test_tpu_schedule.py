@@ -15,6 +15,8 @@ from effc.backend.tpu.estimate import estimate
 from effc.backend.tpu.hardware import generation
 from effc.errors import EffcError
 from effc.ir.parser import parse
+from effc.passes.calm import Calm
+from effc.passes.runner import step
 
 CAPACITY = "== CAPACTIY:\nMATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU\n"
 CAPACITY += "    4     4     3     4     2     1     3     3     1     1     2\n== UTILIZATION:\n"
@@ -128,3 +130,18 @@ def test_the_real_compiler_takes_a_module(target: str) -> None:
     made = ahead.compile_ahead(parse(TINY.read_text()), target, context=128)
     assert [program.name for program in made.programs] == ["decode", "verify", "prefill"]
     assert all(program.fits and program.seconds > 0 for program in made.programs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is not installed")
+def test_programs_with_exits_are_told_of_too() -> None:
+    """Layers past the exits stand in loops: their ops and cycles count."""
+    module = step(Calm(), parse((TINY.parent.parent / "passes" / "tiny.effc").read_text())).after
+    programs = {program.name: program for program in ahead.compile_ahead(module, "v5e:2x2", context=128).programs}
+    names = {kernel.name: kernel.calls for kernel in programs["exits"].kernels}
+    assert list(programs) == ["decode", "verify", "prefill", "exits"]
+    assert {name: calls for name, calls in names.items() if "vocabulary" in name} == {
+        "vocabulary_float32_nk_64x160_m1_c256": 2
+    }
+    assert programs["exits"].around_seconds > programs["decode"].around_seconds
+    assert "all layers and exits" in "".join(ahead._lines(programs["exits"]))

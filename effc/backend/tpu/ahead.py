@@ -29,6 +29,9 @@ from effc.runtime.kernels.generations import Generation
 CALLS = {"decode": 1, "verify": 4, "prefill": 128}
 """Tokens a sequence in each program."""
 
+EXITS = {"exits": 1}
+"""The program beside them where tokens may leave early: everything that may run is counted."""
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -59,7 +62,9 @@ def compile_ahead(module: Module, target: str, *, batch: int = 1, context: int =
         raise EffcError("compile: the TPU compiler is not installed, want it: pip install 'effc[tpu]'")
     source = emit(module)
     with ThreadPoolExecutor(os.cpu_count()) as side_by_side:
-        made = side_by_side.map(lambda name: _one(source, name, target, chip, batch, context), CALLS)
+        early = module.decode is not None and module.decode.strategy == "early"
+        names = [*CALLS, *(EXITS if early else ())]
+        made = side_by_side.map(lambda name: _one(source, name, target, chip, batch, context), names)
         return Compiled(target, batch, list(made))
 
 
@@ -68,7 +73,7 @@ def _one(source: str, name: str, target: str, chip: Generation, batch: int, cont
     with tempfile.TemporaryDirectory(prefix="effc-tpu-") as folder:
         request = {
             "program": source, "target": target, "batch": batch, "context": context,
-            "calls": {name: CALLS[name]}, "dump": folder,
+            "calls": {name: (CALLS | EXITS)[name]}, "dump": folder,
         }  # fmt: skip
         return estimate(name, _asked(request, Path(folder))[name], chip)
 
@@ -129,6 +134,8 @@ def _lines(program: Estimate) -> list[str]:
         f"{_share(program)}; {program.argument_bytes / 1e6:.0f} MB of arguments, "
         f"{program.temporary_bytes / 1e6:.0f} MB temporary: {fits}",
     ]
+    if program.name in EXITS:
+        lines.append("all layers and exits, and what skipped layers keep, are counted: what a token runs is less")
     if program.copies:
         lines.append(f"weights are copied: {len(program.copies)} times, e.g. {program.copies[0]}")
     return lines

@@ -1,7 +1,8 @@
 """Compile one program for a TPU and say what came of it: `python -m effc.backend.tpu.child < request.json`.
 
 A process of its own: the compiler reads its options from the environment once, and writes its dumps to
-one folder. Prints JSON. `request`: program (source), target, batch, context, calls (name -> tokens a call).
+one folder. Prints JSON. `request`: program (source), target, batch, context, calls (name -> tokens a call); the
+call `exits` is the function that tokens leave early, asked for their likeliest tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ _FREE = frozenset(
 
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+_BODY = re.compile(r", body=%([^ ,]+)")
 
 _SIZES = re.compile(r'"([\w<>-]+?)(?:\.\d+)?": \{\s*"blocks": \[.*?"total_size": (\d+)', re.DOTALL)
 
@@ -56,13 +59,15 @@ def main() -> None:
     dump = Path(request["dump"])
     space: dict[str, Any] = {"__name__": "effc_program"}
     exec(compile(request["program"], "program.py", "exec"), space)
-    results = {name: compiled(space, tokens, request, dump / name) for name, tokens in request["calls"].items()}
+    results = {name: compiled(space, name, tokens, request, dump / name) for name, tokens in request["calls"].items()}
     json.dump(results, sys.stdout)
 
 
-def compiled(space: Mapping[str, Any], tokens: int, request: Mapping[str, Any], dump: Path) -> dict[str, Any]:
-    """`extend` of `tokens` tokens a sequence: kernels, memory, the ops around."""
-    lowered, calls = _lowered(space, tokens, request)
+def compiled(
+    space: Mapping[str, Any], name: str, tokens: int, request: Mapping[str, Any], dump: Path
+) -> dict[str, Any]:
+    """A function of `tokens` tokens a sequence: kernels, memory, the ops around."""
+    lowered, calls = _lowered(space, name, tokens, request)
     done = lowered.compile()
     memory, text = done.memory_analysis(), done.as_text()
     counts = Counter(call.name for call in calls)
@@ -80,23 +85,28 @@ def compiled(space: Mapping[str, Any], tokens: int, request: Mapping[str, Any], 
     }
 
 
-def _lowered(space: Mapping[str, Any], tokens: int, request: Mapping[str, Any]) -> tuple[Any, Sequence[Any]]:
+def _lowered(space: Mapping[str, Any], name: str, tokens: int, request: Mapping[str, Any]) -> tuple[Any, Sequence[Any]]:
     import jax
     import jax.numpy as jnp
 
     from effc.backend.tpu.abstract import abstract_params
     from effc.runtime.cache import cache_shapes, empty_cache
     from effc.runtime.kernels import on_tpu
+    from effc.runtime.leaving import likeliest
 
     batch, extend = request["batch"], space["extend"]
     params = abstract_params(space["PARAMS"])
     chip = request["target"].partition(":")[0]
     with on_tpu.traced(chip):  # caches are as such programs keep them; this trace's calls are not the program's
         cache = jax.eval_shape(lambda: empty_cache(cache_shapes(extend, params, batch), request["context"]))
-    ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
+    function, given = extend, [params, jax.ShapeDtypeStruct((batch, tokens), jnp.int32), cache]
+    if name == "exits":
+        function = likeliest(space["ENTRIES"][space["DECODE"]["early"]])
+        with on_tpu.traced(chip):
+            given = [*given[:2], jax.eval_shape(function, *given, 1.0)[2], jax.ShapeDtypeStruct((), jnp.float32)]
     place = placed(request["target"])
     with on_tpu.traced(chip) as calls:
-        lowered = jax.jit(extend, donate_argnums=2).lower(*(place(tree) for tree in (params, ids, cache)))
+        lowered = jax.jit(function, donate_argnums=2).lower(*map(place, given))
     return lowered, calls
 
 
@@ -136,17 +146,27 @@ def _vmem(dump: Path) -> dict[str, int]:
     return out
 
 
+def _scheduled(text: str) -> str:
+    """The entry computation, and bodies of loops, once each: layers past an exit are loops of at most one turn."""
+    parts = {part.split(maxsplit=2)[0].lstrip("%"): part for part in text.split("\n\n") if part.startswith("%")}
+    bodies = [parts[name] for name in dict.fromkeys(_BODY.findall(text)) if name in parts]
+    return "\n".join([text[text.index("\nENTRY ") :], *bodies])
+
+
 def _ops(text: str) -> Counter[str]:
-    """What the scheduled entry computation runs, by kind; what costs nothing, and lone numbers, left out."""
-    entry = text[text.index("\nENTRY ") :]
+    """What the scheduled program runs, by kind; what costs nothing, and lone numbers, left out."""
+    entry = _scheduled(text)
     found = Counter(kind for shape, kind in _OP.findall(entry) if kind not in _FREE and "S(6)" not in shape)
     return found - Counter({"custom-call": entry.count(_KERNEL)})
 
 
 def _cycles(text: str) -> int:
     """Of XLA's own ops, as the compiler itself reckons them: schedule, memory and what it takes to begin one."""
-    entry = text[text.index("\nENTRY ") :].splitlines()
-    return sum(int(found[1]) for line in entry if _KERNEL not in line and (found := _CYCLES.search(line)))
+    return sum(
+        int(found[1])
+        for line in _scheduled(text).splitlines()
+        if _KERNEL not in line and (found := _CYCLES.search(line))
+    )
 
 
 def _weight_copies(text: str, lowered: Any) -> list[str]:
@@ -162,7 +182,7 @@ def _weight_copies(text: str, lowered: Any) -> list[str]:
         for leaf in jax.tree.leaves(lowered.args_info)
         if str(leaf.dtype) in short
     }
-    entry = text[text.index("\nENTRY ") :]
+    entry = _scheduled(text)
     kinds = {"copy", "copy-start", "transpose", "dynamic-slice"}
     found = [(t, kind) for t, kind in _OP.findall(entry) if kind in kinds and "S(1)" not in t]
     return [f"{kind} {t}" for t, kind in found if any(shape in t for shape in shapes)]

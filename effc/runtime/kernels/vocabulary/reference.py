@@ -22,6 +22,10 @@ class Top(NamedTuple):
     other: jax.Array
     total: jax.Array
 
+    def reshape(self, shape: tuple[int, ...]) -> Top:
+        """Rows in this shape."""
+        return Top(*(part.reshape(shape) for part in self))
+
     def margin(self) -> jax.Array:
         """Probability of the likeliest token less that of the next, as `exits.margin`."""
         return jnp.exp(self.best - self.total) - jnp.exp(self.second - self.total)
