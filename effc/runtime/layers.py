@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from effc.runtime import coded, quantized
@@ -27,6 +28,10 @@ from effc.runtime.qarray import QArray
 Weight = jax.Array | QArray | Packed
 
 _LEARNING: ContextVar[bool] = ContextVar("learning", default=False)
+
+_TURNING = ("v5e", "v6e", "tpu7x")
+"""Generations of TPUs where numbers are brought their partners by a product; v5p's compiler leaves that in HBM."""
+
 BiasFn = Callable[..., jax.Array]
 """(query position, key position, head: i32[], the key's rows, the query's) -> f32[] added to that score."""
 
@@ -106,11 +111,13 @@ def _product_back(axis: int, kept: tuple[jax.Array, jax.Array], g: jax.Array) ->
 _product.defvjp(_product_ahead, _product_back)
 
 
-def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int, batch: int = 0) -> jax.Array:
+def _dot(
+    x: jax.Array, y: jax.Array, x_axis: int, y_axis: int, batch: int = 0, precision: str | None = None
+) -> jax.Array:
     """f32 products over one axis of each; the first `batch` axes are shared."""
     shared = tuple(range(batch))
     axes = (((x_axis,), (y_axis,)), (shared, shared))
-    return lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
+    return lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def top(x: jax.Array, w: Weight, *, layout: str = "kn", softcap: float = 0.0) -> Top:
@@ -166,6 +173,29 @@ def rope_table(
 @recorded
 def rope(x: jax.Array, cos: jax.Array, sin: jax.Array, *, style: str = "half") -> jax.Array:
     """Rotate pairs of the first 2n dims of x[b,t,h,d], n = cos.shape[-1]: (i, i+n), or (2i, 2i+1)."""
+    if on_tpu.wanted() and on_tpu.generation() in _TURNING and not _LEARNING.get():
+        return on_tpu.either(partial(_turned, style=style), partial(_rotated, style=style), x, cos, sin)
+    return _rotated(x, cos, sin, style=style)
+
+
+def _turned(x: jax.Array, cos: jax.Array, sin: jax.Array, *, style: str) -> jax.Array:
+    """`rope` for TPUs: a product with zeros and ones, exact, brings each number its partner, and XLA makes one op of it
+    all. Halves taken apart and joined again would be two."""
+    n, rest = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
+    pairs, sign = np.eye(2)[::-1], np.array([-1, 1], np.float32)
+    if style == "half":
+        swap, signs, whole = np.kron(pairs, np.eye(n)), np.repeat(sign, n), partial(jnp.tile, reps=2)
+    else:
+        swap, signs, whole = np.kron(np.eye(n), pairs), np.tile(sign, n), partial(jnp.repeat, repeats=2, axis=-1)
+    c, s = (
+        jnp.pad(y, [(0, 0)] * 2 + [(0, rest)], constant_values=v)
+        for y, v in ((whole(cos), 1), (whole(sin) * signs[None, None], 0))
+    )
+    partner = _dot(x, jnp.asarray(np.pad(swap, (0, rest)), x.dtype), 3, 0, precision="highest")
+    return (x.astype(jnp.float32) * c[:, :, None] + partner * s[:, :, None]).astype(x.dtype)
+
+
+def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array, *, style: str) -> jax.Array:
     n = cos.shape[-1]
     turned, rest = x[..., : 2 * n].astype(jnp.float32), x[..., 2 * n :]
     c, s = cos[:, :, None, :], sin[:, :, None, :]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from effc.runtime import layers
+from effc.runtime.kernels import on_tpu
 
 RNG = np.random.default_rng(0)
 
@@ -125,6 +126,20 @@ def test_rope_turns_each_pair_by_position_times_frequency() -> None:
         want = (x[0, at, :, 2 * n] + 1j * x[0, at, :, 2 * n + 1]) * turn
         np.testing.assert_allclose(pairs[0, at, :, 2 * n] + 1j * pairs[0, at, :, 2 * n + 1], want, atol=2e-4)
     assert (half[..., 8:] == x[..., 8:]).all()
+
+
+@pytest.mark.parametrize("style", ["half", "interleaved"])
+@pytest.mark.parametrize(("width", "dtype"), [(8, "float32"), (12, "float32"), (12, "bfloat16")])
+def test_rope_for_tpus_is_rope(style: str, width: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a product with zeros and ones, to the bit; what is past the pairs stays as it is."""
+    x = jnp.asarray(array(2, 3, 4, width), dtype)
+    cos, sin = layers.rope_table(jnp.asarray([[0, 1, 2], [5, 6, 700]]), dims=8, theta=100.0)
+    plain = layers.rope(x, cos, sin, style=style)
+    monkeypatch.setattr(on_tpu, "either", lambda tpu, default, *arrays: tpu(*arrays))
+    with on_tpu.traced():
+        turned = layers.rope(x, cos, sin, style=style)
+    assert turned.dtype == plain.dtype
+    np.testing.assert_array_equal(np.asarray(turned, np.float32), np.asarray(plain, np.float32))
 
 
 def test_rope_table_takes_given_frequencies() -> None:

@@ -224,5 +224,5 @@ def half(bits: jax.Array) -> jax.Array:
     size = (wide & 0x7FFF) << 13
     normal = lax.bitcast_convert_type(size + (112 << 23), jnp.float32)
     tiny = lax.bitcast_convert_type(size + (113 << 23), jnp.float32) - 2.0**-14
-    value = jnp.where(size < 1 << 23, tiny, normal)
-    return jnp.where(wide < 0, -value, value)
+    value = lax.bitcast_convert_type(jnp.minimum(normal, tiny), jnp.int32)  # of both the right one is the smaller
+    return lax.bitcast_convert_type(value | wide & -(2**31), jnp.float32)
