@@ -1,8 +1,8 @@
 """The two likeliest tokens and log-sum-exp for TPUs (Pallas): logits of a tile of the vocabulary live in VMEM alone.
 
-A step multiplies as the matmul kernel does (coded heads), or in floats, and then takes its logits 128 columns at a
-time: each lane keeps its own largest and next, where they were, and its own sum of exponentials. Lanes are merged
-once, in the last step: a merge a tile would cost as much as a fifth of the product.
+A step multiplies as the matmul kernel does (coded heads), or in floats, and meanwhile takes the logits of the step
+before 128 columns at a time: each lane keeps its own largest and next, where they were, and its own sum of
+exponentials. Lanes are merged once, in the last step: a merge a tile would cost as much as a fifth of the product.
 """
 
 from __future__ import annotations
@@ -93,8 +93,10 @@ _KINDS = (jnp.float32, jnp.int32, jnp.float32, jnp.int32, jnp.float32)
 
 @dataclass(frozen=True)
 class _Product:
-    """multiply(inputs, scratch, logits) of a step; step_bytes: what it reads from HBM."""
+    """begin(inputs, scratch) of the first step; multiply(inputs, scratch, logits) of each; step_bytes: what it reads
+    from HBM."""
 
+    begin: Callable[[Sequence[Any], Sequence[Any]], None]
     multiply: Callable[[Sequence[Any], Sequence[Any], Any], None]
     form: Form
     operands: list[Any]
@@ -114,7 +116,7 @@ def _width(head: jax.Array | QArray, layout: str) -> int:
 
 
 def _rounded(rows: int) -> int:
-    return next((n for n in (1, 2, 4) if n >= rows), -(-rows // SUBLANES) * SUBLANES)
+    return -(-rows // SUBLANES) * SUBLANES
 
 
 def _tile(extent: int, columns: int, layout: str) -> pl.BlockSpec:
@@ -134,7 +136,7 @@ def _plain(x: jax.Array, head: jax.Array, layout: str, columns: int) -> _Product
     form = Form(_rounded(rows), extent, columns or fitting, extent, 1, layout)
     specs = [pl.BlockSpec((form.rows, extent), lambda n: (0, 0)), _tile(extent, form.columns, layout)]
     multiply = functools.partial(_multiply_plain, form=form)
-    return _Product(multiply, form, [x, head], specs, [], form.columns * each)
+    return _Product(lambda *_: None, multiply, form, [x, head], specs, [], form.columns * each)
 
 
 def _multiply_plain(inputs: Sequence[Any], scratch: Sequence[Any], logits: Any, *, form: Form) -> None:
@@ -169,8 +171,8 @@ def _coded(x: jax.Array, head: QArray, layout: str, columns: int) -> _Product:
     scratch = [pltpu.VMEM((form.digit_rows, extent), jnp.int8), pltpu.VMEM((form.rows, 1), jnp.float32)]
     scratch += [pltpu.VMEM((len(form.spans()), form.sums, LANES), jnp.float32)] * (len(scales) > 1)
     scratch += [pltpu.VMEM((form.groups, form.columns), jnp.float32) for v in scales if v.dtype != jnp.float32]
-    multiply = functools.partial(_multiply_coded, form=form, zeros=len(scales) > 1)
-    return _Product(multiply, form, [x, head.codes, *scales], specs, scratch, form.tile_bytes(bits, sizes))
+    begin, multiply = (functools.partial(f, form=form, zeros=len(scales) > 1) for f in (_quantize, _multiply_coded))
+    return _Product(begin, multiply, form, [x, head.codes, *scales], specs, scratch, form.tile_bytes(bits, sizes))
 
 
 def _by_group(values: jax.Array, layout: str) -> jax.Array:
@@ -179,12 +181,16 @@ def _by_group(values: jax.Array, layout: str) -> jax.Array:
     return lax.bitcast_convert_type(values, jnp.int16) if values.dtype == jnp.float16 else values
 
 
+def _quantize(inputs: Sequence[Any], scratch: Sequence[Any], *, form: Form, zeros: bool) -> None:
+    d_ref, t_ref = scratch[:2]
+    steps.quantize(inputs[0], d_ref, t_ref, scratch[2] if zeros else None, form)
+
+
 def _multiply_coded(inputs: Sequence[Any], scratch: Sequence[Any], logits: Any, *, form: Form, zeros: bool) -> None:
-    x_ref, w_ref, *coded = inputs
+    _, w_ref, *coded = inputs
     refs = iter(scratch)
     d_ref, t_ref = next(refs), next(refs)
     sums_ref = next(refs) if zeros else None
-    pl.when(pl.program_id(0) == 0)(lambda: steps.quantize(x_ref, d_ref, t_ref, sums_ref, form))
     plain = [_decoded(ref, refs) for ref in coded]
     steps.multiply(d_ref, t_ref[...], w_ref, plain[0], plain[1] if zeros else None, sums_ref, logits, form)
 
@@ -206,14 +212,23 @@ def _step(*refs: Any, product: _Product, softcap: float, width: int, count: int)
     cuts = [len(product.operands), len(_KINDS), 1, len(_KINDS), len(product.scratch)]
     given, out, (logits,), state, scratch = (refs[sum(cuts[:i]) : sum(cuts[: i + 1])] for i in range(5))
     at, columns = pl.program_id(0), product.form.columns
-    pl.when(at == 0)(lambda: _nothing(state))
+
+    def begin() -> None:
+        _nothing(logits, state)
+        product.begin(given, scratch)
+
+    def end() -> None:
+        if width % columns:
+            _hide(logits, width % columns)
+        _see(logits, at * (columns // LANES), state)
+        _merge(state, out)
+
+    pl.when(at == 0)(begin)
+    _see(logits, (at - 1) * (columns // LANES), state)  # of the tile before: it waits for no product of this step
     product.multiply(given, scratch, logits)
     if softcap:  # before columns are hidden: the cap would lift them
         logits[...] = softcap * jnp.tanh(logits[...] / softcap)
-    if width % columns:
-        pl.when(at == count - 1)(lambda: _hide(logits, width % columns))
-    _see(logits, at * (columns // LANES), state)
-    pl.when(at == count - 1)(lambda: _merge(state, out))
+    pl.when(at == count - 1)(end)
 
 
 def _hide(logits: Any, held: int) -> None:
@@ -222,7 +237,8 @@ def _hide(logits: Any, held: int) -> None:
     logits[...] = jnp.where(column < held, logits[...], HIDDEN)
 
 
-def _nothing(state: Sequence[Any]) -> None:
+def _nothing(logits: Any, state: Sequence[Any]) -> None:
+    logits[...] = jnp.full_like(logits[...], HIDDEN)
     best, place, second, other, total = state
     best[...] = jnp.full_like(best[...], HIDDEN)
     second[...] = jnp.full_like(second[...], HIDDEN)
@@ -234,18 +250,23 @@ def _nothing(state: Sequence[Any]) -> None:
 def _see(logits: Any, first: jax.Array, state: Sequence[Any]) -> None:
     """A tile's logits, a register's width after another; `first` counts these over the whole vocabulary."""
     best, place, second, other, total = (ref[...] for ref in state)
-    for c in range(logits.shape[1] // LANES):
-        x = logits[:, c * LANES : (c + 1) * LANES]
-        before, larger, next_ = best, x > best, x > second
+    before, parts = best, range(logits.shape[1] // LANES)
+    for c in parts:
+        x = _part(logits, c)
+        larger, next_ = x > best, x > second
         other = jnp.where(larger, place, jnp.where(next_, first + c, other))
         place = jnp.where(larger, first + c, place)
         second = jnp.maximum(second, jnp.minimum(x, best))
         best = jnp.maximum(x, best)
-        # One of the two is exp(0): the larger. So what is added and what it is added to need one exponential.
-        less = jnp.exp(jnp.minimum(x, before) - best)
-        total = jnp.where(larger, total * less + 1, total + less)
+    total = total * jnp.exp(before - best) + functools.reduce(
+        jnp.add, (jnp.exp(_part(logits, c) - best) for c in parts)
+    )
     for ref, value in zip(state, (best, place, second, other, total), strict=True):
         ref[...] = value
+
+
+def _part(logits: Any, c: int) -> jax.Array:
+    return logits[:, c * LANES : (c + 1) * LANES]
 
 
 def _merge(state: Sequence[Any], out: Sequence[Any]) -> None:
