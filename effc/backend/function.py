@@ -38,7 +38,7 @@ OPERATORS = {
 RESERVED = frozenset(
     {
         "jax", "jnp", "lax", "ops", "LAX", "Step", "run", "window", "running", "recur", "recurse", "early", "Stack",
-        "top", "threshold", "progress", "likeliest", "b", "t", "p", "params", "cache", "valid", "step",
+        "top", "normed", "threshold", "progress", "likeliest", "b", "t", "p", "params", "cache", "valid", "step",
     }
     | {"forward", "extend", "main", "PARAMS", "CONTEXT", "ENTRIES", "DECODE"}
     | LAYERS
@@ -155,9 +155,18 @@ class Body:
             case "const":
                 return self._const(op)
             case kind if kind in LAYERS:
+                kind = "normed" if kind == "norm" and self._multiplied(op) else kind
                 self.plan.used.add(kind)
                 return call(kind, [*self._inputs(op), *self._positional(op)], self._keywords(op))
         raise EffcError(f"{self._where(op)}: the emitter has no Python for '{op.kind}'{nearest(op.kind, LAYERS)}")
+
+    def _multiplied(self, norm: Op) -> bool:
+        """Whether products with coded weights are all that reads a norm: they may take it."""
+        name, params = norm.out.name, self.plan.module.params
+        users = [op for op in self.scope if name in reads(op)]
+        coded = all(op.kind == "linear" and not isinstance(params[op.params["w"]].type.dtype, str) for op in users)
+        wide = {str(norm.out.type.dtype), str(self.types[norm.inputs[0]].dtype)} == {"f32"}
+        return coded and wide and bool(users) and name not in self.results and list(norm.params) == ["scale"]
 
     def _where(self, op: Op) -> str:
         return f"@{self.func.name}: {', '.join(f'%{v.name}' for v in op.outputs)}" + (f" ({op.loc})" if op.loc else "")

@@ -90,7 +90,7 @@ class _Emitter:
 
     def _imports(self) -> str:
         used = self.plan.used
-        layers = sorted(used & {*LAYERS, "top"})
+        layers = sorted(used & {*LAYERS, "top", "normed"})
         lines = ["import jax"] * ("jax" in used) + ["import jax.numpy as jnp"] * ("jnp" in used)
         lines += ["from jax import lax"] * ("lax" in used) + [""] * bool(lines or "lax" in used)
         lines += ["from effc.runtime import primitives as ops"] * ("ops" in used)

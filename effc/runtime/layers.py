@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from effc.runtime.kernels.region.record import recorded
 from effc.runtime.kernels.vocabulary.reference import Top, of_logits
 from effc.runtime.packed import Packed
 from effc.runtime.qarray import QArray
+from effc.runtime.rounding import fake_quant as fake_quant  # emitted programs find all layers here
 
 Weight = jax.Array | QArray | Packed
 
@@ -63,12 +65,53 @@ def norm(
     return y.astype(dtype or x.dtype)
 
 
+@dataclass(frozen=True)
+class Normed:
+    """A norm of x that is yet to be taken, since what reads it may do so."""
+
+    x: jax.Array
+    scale: jax.Array
+    eps: float
+    offset: float
+
+    def taken(self) -> jax.Array:
+        """As an array."""
+        return norm(self.x, self.scale, kind="rms", eps=self.eps, offset=self.offset)
+
+
+def normed(x: jax.Array, scale: jax.Array, *, kind: str, eps: float, offset: float = 0.0) -> Any:
+    """`norm` that products alone read: on TPUs their kernel takes it."""
+    if on_tpu.wanted() and kind == "rms" and x.dtype == jnp.float32 and not _LEARNING.get():
+        return Normed(x, scale, eps, offset)
+    return norm(x, scale, kind=kind, eps=eps, offset=offset)
+
+
+def _of_norm(x: Normed, w: QArray, layout: str) -> jax.Array | None:
+    """f32 [R,N], the product of rows; None where the kernel does not take the norm."""
+    from effc.runtime.kernels.matmul import tpu  # Pallas takes half a second to import
+
+    rows, how = x.x.reshape(-1, x.x.shape[-1]), {"eps": x.eps, "offset": x.offset}
+    if not tpu.fits_norm(rows, w, x.scale, layout):
+        return None
+
+    def here(rows: jax.Array, w: QArray, scale: jax.Array) -> jax.Array:
+        return quantized.here(norm(rows, scale, kind="rms", **how), w, layout)
+
+    kernel = partial(tpu.of_norm, layout=layout, digits=tpu.digits_wanted(), **how)
+    return on_tpu.either(kernel, here, rows, w, x.scale)
+
+
 @recorded
 def linear(
-    x: jax.Array, w: Weight, bias: jax.Array | None = None, *, layout: str = "kn", dtype: Any = None
+    x: jax.Array | Normed, w: Weight, bias: jax.Array | None = None, *, layout: str = "kn", dtype: Any = None
 ) -> jax.Array:
     """x[...,K] @ w[K,N] (layout nk: w[N,K]) + bias[N] -> [...,N]."""
-    if isinstance(w, QArray | Packed):
+    if isinstance(x, Normed):
+        y = _of_norm(x, w, layout) if isinstance(w, QArray) else None
+        if y is None:
+            return linear(x.taken(), w, bias, layout=layout, dtype=dtype)
+        x, y = x.x, y.reshape(*x.x.shape[:-1], -1)
+    elif isinstance(w, QArray | Packed):
         rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
         y = quantized.matmul(rows, w, layout).reshape(*x.shape[:-1], -1)
     else:
@@ -285,60 +328,6 @@ def score_bias(
     over = jax.vmap(over, (0, None, None, 0, 0))  # sequences
     keys, head = jnp.arange(S, dtype=jnp.int32), jnp.arange(heads, dtype=jnp.int32)
     return over(positions, keys, head, tuple(keyed), tuple(asked)).astype(jnp.float32)
-
-
-def fake_quant(
-    x: jax.Array, scale: jax.Array | None = None, *, bits: int, of: Literal["value", "gradient"] = "value"
-) -> jax.Array:
-    """x as the nearest of 2^bits codes times scale[1], or a scale a row of the last axis; gradients pass through.
-
-    A row's own scale puts its greatest magnitude half a step past the last code, as codes of weights have it.
-    Of a gradient: x as it is, what comes back is rounded, up or down at random by nearness (its mean stays).
-    """
-    if of == "gradient":
-        return _rounding_gradient(x, bits)
-    wide = x.astype(jnp.float32)
-    return through(_rounded(wide, scale, bits), wide).astype(x.dtype)
-
-
-def _rounded(x: jax.Array, scale: jax.Array | None, bits: int, noise: jax.Array | float = 0.0) -> jax.Array:
-    most = (1 << bits - 1) - 1
-    if scale is None:
-        reach = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / (most + 0.5)
-        scale = jnp.where(reach > 0, reach, 1.0)
-    scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
-    return jnp.clip(jnp.round(x / scale + noise), -most, most) * scale
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _rounding_gradient(x: jax.Array, bits: int) -> jax.Array:
-    return x
-
-
-def _kept_nothing(x: jax.Array, bits: int) -> tuple[jax.Array, None]:
-    return x, None
-
-
-def _came_back(bits: int, kept: None, gradient: jax.Array) -> tuple[jax.Array]:
-    """Draws follow from the gradient itself: other ones at every step, the same when it is run again."""
-    wide = gradient.astype(jnp.float32)
-    key = jax.random.key(lax.bitcast_convert_type(jnp.sum(wide), jnp.uint32))
-    noise = jax.random.uniform(key, wide.shape, minval=-0.5, maxval=0.5)
-    return (_rounded(wide, None, bits, noise).astype(gradient.dtype),)
-
-
-_rounding_gradient.defvjp(_kept_nothing, _came_back)
-
-
-@jax.custom_jvp
-def through(value: jax.Array, like: jax.Array) -> jax.Array:
-    """`value`, with the gradient of `like`."""
-    return value
-
-
-@through.defjvp
-def _like(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return primals[0], tangents[1]
 
 
 def silu(x: jax.Array) -> jax.Array:

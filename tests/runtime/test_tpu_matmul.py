@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from effc.runtime import layers
 from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.generations import GENERATIONS
 from effc.runtime.kernels.matmul import reference, steps, tiling, tpu
@@ -77,6 +78,22 @@ def check(shape: Shape) -> None:
     if dtype == "float32":  # numbers of few bits fall halfway between digits, and then either way
         summed = 5e-6  # f32 sums in another order
         assert gap(y, reference.matmul(reference.rounded(x, digits), w)) < summed + ties(x, w, digits)
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "layout", "sym", "dtype", "offset"),
+    [(1, 128, "kn", True, "float32", 0.0), (8, 32, "kn", False, "bfloat16", 1.0), (5, 0, "nk", True, "float32", 1.0)],
+)
+def test_a_norm_that_is_taken_in(rows: int, group: int, layout: str, sym: bool, dtype: str, offset: float) -> None:
+    """Digits are of x times the scale: what is left of the norm is one number a row."""
+    x, w = activations(rows, 640), tpu.prepared(coded(640, 256, group, 8 if layout == "nk" else 4, layout, sym))
+    scale = jnp.asarray(np.random.default_rng(2).uniform(0.2, 2, 640), dtype)
+    assert tpu.fits_norm(x, w, scale, layout) and not tpu.fits_norm(jnp.zeros((65, 640)), w, scale, layout)
+    how = {"eps": 1e-3, "offset": offset}
+    have = tpu.of_norm(x, w, scale, **how, layout=layout, digits=2, interpret=True)
+    normed = layers.norm(x, scale, kind="rms", **how)
+    assert gap(have, reference.matmul(normed, w, layout)) < 1e-3
+    assert gap(have, tpu.matmul(normed, w, layout=layout, interpret=True)) < 5e-4
 
 
 @settings(max_examples=6, deadline=None)

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effc.runtime.layers import through
 from effc.runtime.qarray import QArray, spread_groups
+from effc.runtime.rounding import through
 from effc.runtime.train.plan import Tree
 
 GAIN = 0.1

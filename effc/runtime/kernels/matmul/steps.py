@@ -105,14 +105,36 @@ def unit(reach: jax.Array, digits: int) -> tuple[jax.Array, jax.Array]:
     return t, 1 / jnp.where(t == 0, 1, t)
 
 
-def quantize(x_ref: Any, d_ref: Any, t_ref: Any, sums_ref: Any | None, form: Form) -> None:
-    """Digits of x as rows of products, and for zero points the sum of each row in each span."""
+@dataclass(frozen=True)
+class Norm:
+    """x / sqrt(mean x^2 + eps) * (scale + offset), with the scale[1,K] in a ref."""
+
+    scale: Any
+    eps: float
+    offset: float
+
+    def size(self, squares: jax.Array, extent: int) -> jax.Array:
+        """What is left when x is times the scale, from the sum of x^2."""
+        return lax.rsqrt(squares / extent + self.eps)
+
+
+def quantize(x_ref: Any, d_ref: Any, t_ref: Any, sums_ref: Any | None, form: Form, norm: Norm | None = None) -> None:
+    """Digits of x, or of its norm, as rows of products, and for zero points the sum of each row in each span."""
     pieces = [(at, min(at + PIECE, form.extent)) for at in range(0, form.extent, PIECE)]
-    reach = [jnp.max(jnp.abs(x_ref[:, a:b].astype(jnp.float32)), axis=-1, keepdims=True) for a, b in pieces]
+
+    def piece(a: int, b: int) -> jax.Array:
+        x = x_ref[:, a:b].astype(jnp.float32)
+        return x if norm is None else x * (norm.scale[:, a:b].astype(jnp.float32) + norm.offset)
+
+    reach = [jnp.max(jnp.abs(piece(a, b)), axis=-1, keepdims=True) for a, b in pieces]
     t, inverse = unit(functools.reduce(jnp.maximum, reach), form.digits)
-    t_ref[...] = t
+    if norm is None:
+        t_ref[...] = t
+    else:
+        squares = [jnp.sum(jnp.square(x_ref[:, a:b].astype(jnp.float32)), axis=-1, keepdims=True) for a, b in pieces]
+        t_ref[...] = t * norm.size(functools.reduce(jnp.add, squares), form.extent)
     for a, b in pieces:
-        shifted = x_ref[:, a:b].astype(jnp.float32) * inverse + _ROUNDS
+        shifted = piece(a, b) * inverse + _ROUNDS
         whole = lax.bitcast_convert_type(shifted, jnp.int32) - _ROUNDS_BITS
         d_ref[:, a:b] = jnp.concatenate(list(_rows(split(whole, form.digits), a, form))).astype(jnp.int8)
     if sums_ref is not None:

@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from effc.runtime.kernels import on_tpu
 from effc.runtime.kernels.generations import GENERATIONS, NO_INT8
 from effc.runtime.kernels.matmul import steps, tiling
-from effc.runtime.kernels.matmul.steps import Form
+from effc.runtime.kernels.matmul.steps import Form, Norm
 from effc.runtime.kernels.on_tpu import Call
 from effc.runtime.qarray import QArray
 
@@ -80,17 +80,35 @@ def _as_bits(values: jax.Array) -> jax.Array:
 
 
 def matmul(
-    x: jax.Array, w: QArray, layer: jax.Array | None = None, *, layout: str = "kn", digits: int = 2,
-    columns: int = 0, interpret: bool = False,
+    x: jax.Array, w: QArray, layer: jax.Array | None = None, norm: Norm | None = None, *, layout: str = "kn",
+    digits: int = 2, columns: int = 0, interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """f32[R,N] from x[R,K] and w[K,N] (layout nk: w[N,K]), or w[L,K,N] at i32[] `layer`; columns a step, 0: chosen."""
+    """f32[R,N] from x[R,K] and w[K,N] (layout nk: w[N,K]), or w[L,K,N] at i32[] `layer`; columns a step, 0: chosen.
+
+    norm: of x, with its scale [1,K], for up to BLOCK rows; what is multiplied is that.
+    """
     width = w.codes.shape[-1 if layout == "kn" else -2]
     form = _form(x, w, layout, digits)
     bits, chip = 4 if w.codes.dtype == jnp.int4 else 8, on_tpu.generation()
     sizes = [v.dtype.itemsize for v in (w.scales, w.zeros) if v is not None]
     form = replace(form, columns=columns or tiling.columns(form, width, bits, sizes, chip))
-    y = _call(x, w, layer, form, bits, sizes, interpret)
+    y = _call(x, w, layer, norm, form, bits, sizes, interpret)
     return y[:, : w.width] if layout == "kn" else y
+
+
+def of_norm(
+    x: jax.Array, w: QArray, scale: jax.Array, *, eps: float, offset: float, layout: str, digits: int,
+    interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """`matmul` of the norm of x with a scale [K]."""
+    norm = Norm(scale.reshape(1, -1), eps, offset)
+    return matmul(x, w, None, norm, layout=layout, digits=digits, interpret=interpret)
+
+
+def fits_norm(x: jax.Array, w: QArray, scale: jax.Array, layout: str) -> bool:
+    """Whether `of_norm` takes x[R,K], w and scale[K]."""
+    plain = scale.shape == x.shape[1:] and scale.dtype.name in ("float32", "bfloat16")
+    return plain and x.shape[0] <= BLOCK and w.form == "int" and fits(x, w, layout)
 
 
 def _form(x: jax.Array, w: QArray, layout: str, digits: int) -> Form:
@@ -107,18 +125,22 @@ def _rounded(rows: int) -> int:
 
 
 def _call(
-    x: jax.Array, w: QArray, layer: jax.Array | None, form: Form, bits: int, sizes: Sequence[int], interpret: bool
-) -> jax.Array:
+    x: jax.Array, w: QArray, layer: jax.Array | None, norm: Norm | None, form: Form, bits: int, sizes: Sequence[int],
+    interpret: bool,
+) -> jax.Array:  # fmt: skip
     along, stack = form.layout == "kn", layer is not None
     rows, width = x.shape[0], w.codes.shape[-1 if along else -2]
     grid = (pl.cdiv(width, form.columns), pl.cdiv(rows, form.rows))
     operands, specs = _activations(x, form)
+    if norm is not None:
+        operands.append(norm.scale)
+        specs.append(pl.BlockSpec((1, form.extent), lambda n, m, *_: (0, 0)))
     scales = [_rows_of_groups(v, form.layout) for v in (w.scales, w.zeros) if v is not None]
     kinds, zeros = [str(v.dtype) for v in scales], len(scales) > 1
     block = (form.extent, form.columns) if along else (form.columns, form.extent)
     specs += [_weight_spec(block, along, stack)]
     specs += [_weight_spec((form.groups, form.columns), True, stack) for _ in scales]
-    name = _name(form, bits, width, rows, kinds, stack)
+    name = _name(form, bits, width, rows, kinds, stack) + "_normed" * (norm is not None)
     later = form.digit_rows * form.extent if grid[1] > 1 else 0  # blocks of rows after the first fetch no weights
     read = form.tile_bytes(bits, sizes) / grid[1] + later
     on_tpu.note(Call(name, read, grid[0] * grid[1], tiling.vmem(form, bits, sizes)))
@@ -127,7 +149,7 @@ def _call(
         out_specs=pl.BlockSpec((form.rows, form.columns), lambda n, m, *_: (m, n)),
     )  # fmt: skip
     call = pl.pallas_call(
-        functools.partial(_step, form=form, kinds=kinds, zeros=zeros, stack=stack),
+        functools.partial(_step, form=form, kinds=kinds, zeros=zeros, stack=stack, norm=norm),
         name=name, grid_spec=spec, interpret=interpret,
         out_shape=jax.ShapeDtypeStruct((rows, width), jnp.float32),
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=tiling.VMEM[on_tpu.generation()]),
@@ -178,17 +200,18 @@ def _scratch(form: Form, kinds: Sequence[str]) -> list[Any]:
     return own * form.inside + [sums] * (len(kinds) > 1) + decoded
 
 
-def _step(*refs: Any, form: Form, kinds: Sequence[str], zeros: bool, stack: bool) -> None:
+def _step(*refs: Any, form: Form, kinds: Sequence[str], zeros: bool, stack: bool, norm: Norm | None) -> None:
     """One step of the grid (columns, blocks of rows)."""
     left = iter(refs[int(stack) :])
     x_ref = next(left)
+    norm = norm and replace(norm, scale=next(left))
     t_ref = None if form.inside else next(left)
     w_ref, coded, o_ref = next(left), [next(left) for _ in kinds], next(left)
     d_ref = next(left) if form.inside else x_ref
     t_ref = next(left) if t_ref is None else t_ref
     sums_ref = next(left) if zeros else None
     if form.inside:
-        pl.when(pl.program_id(0) == 0)(lambda: steps.quantize(x_ref, d_ref, t_ref, sums_ref, form))
+        pl.when(pl.program_id(0) == 0)(lambda: steps.quantize(x_ref, d_ref, t_ref, sums_ref, form, norm))
     elif sums_ref is not None:
         steps.sum_spans(d_ref, sums_ref, form)
     plain = [_decoded(ref, kind, left) for ref, kind in zip(coded, kinds, strict=True)]
