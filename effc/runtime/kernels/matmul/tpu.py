@@ -154,7 +154,10 @@ def _call(
         out_shape=jax.ShapeDtypeStruct((rows, width), jnp.float32),
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=tiling.VMEM[on_tpu.generation()]),
     )  # fmt: skip
-    return call(*([] if layer is None else [layer.reshape(1).astype(jnp.int32)]), *operands, w.codes, *scales)
+    coded = [w.codes, *scales]
+    if not interpret:  # XLA would fetch some ahead to VMEM, from where a step takes longer to read them
+        coded = [pltpu.with_memory_space_constraint(part, pltpu.HBM) for part in coded]
+    return call(*([] if layer is None else [layer.reshape(1).astype(jnp.int32)]), *operands, *coded)
 
 
 def _activations(x: jax.Array, form: Form) -> tuple[list[jax.Array], list[Any]]:
