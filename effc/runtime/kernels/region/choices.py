@@ -11,16 +11,13 @@ from effc.runtime.kernels.region import program as ops
 from effc.runtime.kernels.region.flat import Step
 from effc.runtime.kernels.region.program import Place
 from effc.runtime.kernels.region.record import LAYER
-from effc.runtime.kernels.region.steps import FUNCTIONS, Args, is_wide, room, rows_of
+from effc.runtime.kernels.region.steps import COLUMNS, FUNCTIONS, Args, is_wide, room, rows_of
 
 if TYPE_CHECKING:
     from effc.runtime.kernels.region.form import Former
 
 REACHED = len(FUNCTIONS)
 """Of rowops.h's functions the one that is no primitive."""
-
-COLUMNS = 8
-"""Of a dense matrix that a region takes at most: scores, not layers."""
 
 
 def join(former: Former, step: Step) -> bool:

@@ -15,7 +15,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 from effc.runtime.kernels.region import branch, sides
 from effc.runtime.kernels.region import steps as known
 from effc.runtime.kernels.region.flat import Flat, Step
-from effc.runtime.kernels.region.program import LINEAR, MAP, Place, Program, Slot
+from effc.runtime.kernels.region.program import MAP, WORTH, Place, Program, Slot
 from effc.runtime.kernels.region.record import LAYER, recording
 
 Call = Callable[[Program], Sequence[jax.Array]]
@@ -146,7 +146,7 @@ class Former:
         self._open()
         if not members:
             return
-        if not any(op.code == LINEAR for op in program.ops):
+        if not any(op.code in WORTH for op in program.ops):
             for step in members:  # not worth a call
                 self.outside(step)
             return

@@ -219,10 +219,12 @@ void Rows(const Matrix& m, const Memory& memory, int64_t panel) {
 }
 
 // Panels of one task: enough tasks to share evenly, each long enough to stream.
-inline int64_t PanelsOfTask(const Matrix& m, int64_t threads) {
-  const int64_t even = (m.panels() + 3 * threads - 1) / (3 * threads);
-  return std::max<int64_t>(1, std::min(even, (128 << 10) / std::max<int64_t>(1, m.panel_bytes)));
+inline int64_t Share(int64_t panels, int64_t panel_bytes, int64_t threads) {
+  const int64_t even = (panels + 3 * threads - 1) / (3 * threads);
+  return std::max<int64_t>(1, std::min(even, (128 << 10) / std::max<int64_t>(1, panel_bytes)));
 }
+
+inline int64_t PanelsOfTask(const Matrix& m, int64_t threads) { return Share(m.panels(), m.panel_bytes, threads); }
 
 inline int64_t Tasks(const Linear& op, const Memory& memory, int64_t threads) {
   const Matrix m(op, memory);

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from effc.runtime.kernels import policy
@@ -98,7 +99,7 @@ def regions(function: Callable[..., Any], flags: tuple[str, ...] | None = None) 
 
     def run(*args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)
-        if not has_packed(args):
+        if not (has_packed(args) or (has_matrix(leaves) and usable())):
             return function(*args)
 
         def flat(*leaves: Any) -> Any:
@@ -116,6 +117,11 @@ def has_packed(tree: Any) -> bool:
     """Whether a packed matrix is among the leaves."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Packed))
     return any(isinstance(leaf, Packed) for leaf in leaves)
+
+
+def has_matrix(leaves: Sequence[Any]) -> bool:
+    """Whether some array may be a layer's weights, in floats."""
+    return any(getattr(x, "ndim", 0) == 2 and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves)
 
 
 def matmul(x: jax.Array, w: Packed) -> jax.Array:

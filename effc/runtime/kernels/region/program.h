@@ -13,7 +13,8 @@
 namespace effc {
 
 enum Code : int64_t {
-  kNorm = 1, kQuantize, kRope, kAppend, kMap, kArgmax, kLinear, kAttention, kDecide, kSure, kSelect, kDense, kJoin
+  kNorm = 1, kQuantize, kRope, kAppend, kMap, kArgmax, kLinear, kAttention, kDecide, kSure, kSelect, kDense, kJoin,
+  kProduct
 };
 
 // Where an array lies: base -1 the scratch memory, -2 nowhere, else the number of a buffer.
@@ -121,6 +122,13 @@ struct Dense : Op {
   View x, y;
   Ref w, bias;
   int64_t inner, outer;
+};
+
+// y = x times w as it lies, [inner, outer] or [outer, inner] (nk), of floats, f16 or bf16 (see Type).
+struct Product : Op {
+  View x, y;
+  Ref w, bias;
+  int64_t rows, inner, outer, nk, type;
 };
 
 // y = the row of a where its number in `where` is other than 0, else that of b.

@@ -30,6 +30,9 @@ COPY = FUNCTIONS.index("copy")
 SPAN, FEW = 128, 8
 """Keys that one task of attention takes, and tokens up to which it takes no more; SPAN is attention.h's too."""
 
+ROWS, COLUMNS = 16, 8
+"""Rows up to which products with floats are native; columns from which on: fewer are scores, not layers."""
+
 _VIEWS = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "slice", "concatenate"})
 _NONE = Place(NOWHERE, 1, 1, 0)
 _KINDS = ("float32", "float16", "int8", "uint8")
@@ -135,17 +138,37 @@ def _norm(former: Former, step: Step, args: Args) -> bool:
 
 def _linear(former: Former, step: Step, args: Args) -> bool:
     number, w, bias = (*args.values, None)[:3]  # numbers of arguments, a Packed of them
-    if not isinstance(w, Packed) or args.keywords.get("layout", "kn") != w.layout:
-        return False
-    parts: list[Any] = [w.codes, w.scales]
     x, bias, shape = args.place(number), args.place(bias), step.shape()
     x = x and x.reshaped(math.prod(shape[:-1]), shape[-1])
-    if x is None or bias is None or args.types[parts[1]].dtype.name not in _TYPES:
+    if x is None or bias is None:
         return False
-    if any(args.outside(part) is None for part in parts):
+    made = _coded(former, args, x, w, bias) if isinstance(w, Packed) else _dense(former, args, x, w, bias)
+    if made is None:
         return False
-    former.places[step.outs[0]] = _product(former, args, x, w, bias)
+    former.places[step.outs[0]] = made
     return True
+
+
+def _coded(former: Former, args: Args, x: Place, w: Any, bias: Place) -> Place | None:
+    """x times packed codes."""
+    parts: list[Any] = [w.codes, w.scales]
+    if args.keywords.get("layout", "kn") != w.layout or args.types[parts[1]].dtype.name not in _TYPES:
+        return None
+    return None if any(args.outside(part) is None for part in parts) else _product(former, args, x, w, bias)
+
+
+def _dense(former: Former, args: Args, x: Place, w: Any, bias: Place) -> Place | None:
+    """x times floats as they lie, where it has few rows: XLA's products of many are as good."""
+    layout, aval = args.keywords.get("layout", "kn"), args.types.get(w)
+    if aval is None or len(aval.shape) != 2 or aval.dtype.name not in _TYPES or x.rows > ROWS:
+        return None
+    inner, outer = aval.shape if layout == "kn" else aval.shape[::-1]
+    if outer <= COLUMNS or args.outside(w) is None:
+        return None
+    y, table = room(x.rows, outer), former.program.input(args.outside(w))
+    words = [x, y, table, bias.slot, x.rows, inner, outer, layout == "nk", _TYPES[aval.dtype.name]]
+    former.program.together(ops.PRODUCT, words, [x.slot, table, bias.slot], y.slot)
+    return y
 
 
 def _product(former: Former, args: Args, x: Place, w: Any, bias: Place) -> Place:

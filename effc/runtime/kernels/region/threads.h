@@ -16,7 +16,7 @@
 
 #include "attention.h"
 #include "choice.h"
-#include "linear.h"
+#include "product.h"
 #include "rowops.h"
 
 namespace effc {
@@ -112,6 +112,7 @@ class Work {
   int64_t Tasks(const Op& op) const {
     if (op.code == kDecide) return 1;
     if (op.code == kLinear) return effc::Tasks(static_cast<const Linear&>(op), memory_, threads_);
+    if (op.code == kProduct) return effc::Tasks(static_cast<const Product&>(op), memory_, threads_);
     return effc::Tasks(static_cast<const Attention&>(op), memory_);
   }
 
@@ -127,6 +128,7 @@ class Work {
     for (int64_t count; task >= (count = Tasks(*op)); op = Next(op)) task -= count;
     if (op->code == kDecide) return Set(static_cast<const Decide&>(*op));
     if (op->code == kLinear) return Run(static_cast<const Linear&>(*op), memory_, threads_, task);
+    if (op->code == kProduct) return Run(static_cast<const Product&>(*op), memory_, threads_, task);
     Run(static_cast<const Attention&>(*op), memory_, task);
   }
 
