@@ -197,9 +197,9 @@ def _deferring(stack: Stack, rule: Rule, state: State, step: Step, entries: int)
     x, shown, left, layers = state
     count = entries * (len(stack.layers) - rule.at[0])
     ahead, values = step.ahead(count + 1), (x, *rule.rest)
-    found = ahead[count] if len(ahead) > count else Waiting.none(values, rule.waiting)
-    assert isinstance(found, Waiting)
-    waiting, carry = found.settled(), (shown, layers, ahead[:count])
+    waiting = ahead[count] if len(ahead) > count else Waiting.none(values, rule.waiting)
+    assert isinstance(waiting, Waiting)
+    carry = (shown, layers, ahead[:count])
     stays = left * waiting.other(waiting.most)
     for size in range(waiting.most + 1):  # a call is traced for each: so many tokens run beside the new one
         skipped = jnp.maximum(stays, waiting.other(size))

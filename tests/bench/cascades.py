@@ -25,7 +25,7 @@ from effc.errors import EffcError
 from effc.generator import Generator
 from effc.passes.cascade import SpecCascade
 from effc.passes.cascade.calibrate import SHORT
-from effc.passes.cascade.texts import Prompts, Speaking
+from effc.passes.cascade.texts import BATCH, Prompts, Speaking
 from effc.passes.cascade.ways import ANSWER, TOKEN, Way, Ways, judge, race, tokens_of
 from effc.passes.cascade.whole import GRID, Answered
 from effc.runtime.deferral import GRIDS
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=200, help="prompts that quality is measured on")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of each")
     parser.add_argument("--tokens", type=int, default=32, help="tokens after each")
+    parser.add_argument("--batch", type=int, default=BATCH, help="prompts that are answered together")
     parser.add_argument("--gamma", type=int, default=0, help="drafts at most; the artifact's where that is not 0")
     parser.add_argument("--each", type=int, default=5, help="alphas of each rule on the curve")
     parser.add_argument("--rules", default=",".join((*GRIDS, TOKEN, ANSWER)))
@@ -106,7 +107,9 @@ def main() -> None:
     asked = SpecCascade(tokens=options.tokens, loss=options.loss, risk=options.risk)
     heads, rest = [row[: options.prompt] for row in rows], [row[options.prompt :] for row in rows]
     parts = slice(options.prompts), slice(options.prompts, None)
-    first, second = (Prompts(heads[part], rest[part] if options.risk else None, asked) for part in parts)
+    first, second = (
+        Prompts(heads[part], rest[part] if options.risk else None, asked, options.batch) for part in parts
+    )
     ways = Ways.of(generator.engine, first, options.gamma)
     told = ways.base.program.decode
     print(f"a token of the small model costs {told['cost']:.3f} steps of the large one, gamma {told['gamma']}")

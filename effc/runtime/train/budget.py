@@ -23,8 +23,8 @@ class Budget:
 
     @staticmethod
     def parse(text: str) -> Budget:
-        """`500` steps, `10m`, `90s` or `1.5h`."""
-        found = re.fullmatch(r"(\d+)|(\d*\.?\d+)([smh])", text.strip())
+        """`500` or `500 steps`, `10m`, `90s` or `1.5h`."""
+        found = re.fullmatch(r"(\d+)(?: steps)?|(\d*\.?\d+)([smh])", text.strip())
         if not found:
             raise EffcError(f"budget '{text}': want steps (500) or a time (90s, 10m, 1.5h)")
         if found[1]:
