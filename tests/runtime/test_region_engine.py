@@ -140,7 +140,7 @@ def test_without_a_compiler_it_says_so_once() -> None:
         [sys.executable, "-c", script], env={**os.environ, "CXX": "no-such-compiler"}, capture_output=True, text=True
     )
     assert done.stdout.startswith("False False not built: no C++ compiler")
-    assert done.stderr.count("effc: quantized products run through XLA, slower") == 1
+    assert done.stderr.count("effc: products run through XLA, slower") == 1
 
 
 def test_bandwidth_is_that_of_memory() -> None:

@@ -68,6 +68,39 @@ def _fits(counts: np.ndarray, p: np.ndarray) -> None:
         assert z < 3.7, (counts, expected)
 
 
+def _verdicts(p: np.ndarray, q: np.ndarray, drafts: int, there: int, rows: int = 20000) -> Any:
+    """A verdict a row on `drafts` places of one p and q each, the first `there` of which hold drafts; and the drafts."""
+    key = jax.random.key(2)
+    tokens = jax.random.categorical(key, jnp.log(q), shape=(rows, drafts)).astype(jnp.int32)
+    ps, qs = (jnp.broadcast_to(x, (rows, n, len(x))) for x, n in ((p, drafts + 1), (q, drafts)))
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), drafts + 1))(jnp.arange(rows))
+    return reviewed(ps, qs, tokens, jnp.full(rows, there, jnp.int32), keys), np.asarray(tokens)
+
+
+@pytest.mark.parametrize(("p", "q"), PAIRS)
+def test_a_round_without_drafts_is_plain_decoding(p: np.ndarray, q: np.ndarray) -> None:
+    verdict, _ = _verdicts(p, q, drafts=2, there=0)
+    assert not np.asarray(verdict.accepted).any()
+    _fits(np.bincount(verdict.following, minlength=4), p)
+
+
+@pytest.mark.parametrize("p", [RANDOM[0], ONE[2], np.asarray([0.5, 0.5, 0, 0], np.float32)])
+def test_drafts_from_the_target_itself_all_stand(p: np.ndarray) -> None:
+    verdict, _ = _verdicts(p, p, drafts=3, there=3)
+    assert (np.asarray(verdict.accepted) == 3).all()
+    _fits(np.bincount(verdict.following, minlength=4), p)
+
+
+@pytest.mark.parametrize("drafts", [1, 2, 5])
+@pytest.mark.parametrize(("p", "q"), PAIRS)
+def test_tokens_a_round_are_as_many_as_the_product_of_chances_says(p: np.ndarray, q: np.ndarray, drafts: int) -> None:
+    """Where drafts are alike: (1 - beta^(G+1)) / (1 - beta) tokens a call, beta the mass that p and q share."""
+    verdict, _ = _verdicts(p, q, drafts=drafts, there=drafts)
+    beta, emitted = float(np.minimum(p, q).sum()), np.asarray(verdict.accepted) + 1
+    wanted = sum(beta**i for i in range(drafts + 1))
+    assert abs(emitted.mean() - wanted) <= 4.5 * emitted.std() / len(emitted) ** 0.5 + 1e-4
+
+
 def test_the_joint_of_rounds_is_exact() -> None:
     """All drafts and verdicts of a bigram pair, V=3: three tokens in rounds of two drafts have p's joint."""
     p, q = (np.random.default_rng(s).dirichlet(np.ones(3), 3) for s in (1, 2))

@@ -59,7 +59,7 @@ def _failure(target: Callable[[], str]) -> str:
 @cache
 def _told(why: str) -> bool:
     """False; the same reason is told once, whichever kernel it stops."""
-    print(f"effc: quantized products run through XLA, slower: {why}", file=sys.stderr)
+    print(f"effc: products run through XLA, slower: {why}", file=sys.stderr)
     return False
 
 
