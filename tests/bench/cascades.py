@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +43,12 @@ class Bench:
     epsilon: float
     each: int
     certify: Sequence[str]
+    known: Mapping[str, float]
 
     def rule(self, name: str) -> list[Way]:
         """Some alphas of a rule, the certified one among them."""
+        if name in self.known:
+            return self.ways.rule(name, self.each, self.known[name], "certified")
         if name not in self.certify:
             return self.ways.rule(name, self.each, None, "")
         texts = self.ways.deferring(name, gamma=SHORT)
@@ -60,6 +63,8 @@ class Bench:
 
     def answers(self) -> list[Way]:
         """Thresholds of whole answers; one engine says them all, so that only what is kept differs."""
+        if ANSWER in self.known:
+            return self.ways.answers(self.second, self.each, self.known[ANSWER], "certified")
         engine = self.ways.answering()
         first, full = (self.first.generate(engine, exits=threshold) for threshold in (0.0, 1.0))
         sure = [one for result in first if result.stats.answers for one in result.stats.answers.confidences]
@@ -96,6 +101,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=5, help="alphas of each rule on the curve")
     parser.add_argument("--rules", default=",".join((*GRIDS, TOKEN, ANSWER)))
     parser.add_argument("--certify", default=",".join((*GRIDS, TOKEN)), help="rules to certify; the others are drawn")
+    parser.add_argument("--certified", default="", help="NAME=ALPHA,...: as this command certified before, not again")
     parser.add_argument("--timed", type=int, default=4, help="prompts that are timed")
     parser.add_argument("--rounds", type=int, default=3, help="of the race; 0: none")
     parser.add_argument("--judged", type=Path, help="keep quality there; if it is there, only the race is run")
@@ -107,13 +113,12 @@ def main() -> None:
     asked = SpecCascade(tokens=options.tokens, loss=options.loss, risk=options.risk)
     heads, rest = [row[: options.prompt] for row in rows], [row[options.prompt :] for row in rows]
     parts = slice(options.prompts), slice(options.prompts, None)
-    first, second = (
-        Prompts(heads[part], rest[part] if options.risk else None, asked, options.batch) for part in parts
-    )
+    first, second = (Prompts(heads[part], rest[part] if options.risk else None, asked, options.batch) for part in parts)
     ways = Ways.of(generator.engine, first, options.gamma)
     told = ways.base.program.decode
     print(f"a token of the small model costs {told['cost']:.3f} steps of the large one, gamma {told['gamma']}")
-    asked_of = options.delta, options.epsilon, options.each, options.certify.split(",")
+    known = {name: float(alpha) for name, alpha in (one.split("=") for one in options.certified.split(",") if one)}
+    asked_of = options.delta, options.epsilon, options.each, options.certify.split(","), known
     run(Bench(ways, first, second, rest[parts[1]], *asked_of), options)
 
 
