@@ -69,7 +69,7 @@ def _fits(counts: np.ndarray, p: np.ndarray) -> None:
 
 
 def _verdicts(p: np.ndarray, q: np.ndarray, drafts: int, there: int, rows: int = 20000) -> Any:
-    """A verdict a row on `drafts` places of one p and q each, the first `there` of which hold drafts; and the drafts."""
+    """A verdict a row on `drafts` places of one p and q each, the first `there` of which hold drafts, and these."""
     key = jax.random.key(2)
     tokens = jax.random.categorical(key, jnp.log(q), shape=(rows, drafts)).astype(jnp.int32)
     ps, qs = (jnp.broadcast_to(x, (rows, n, len(x))) for x, n in ((p, drafts + 1), (q, drafts)))
