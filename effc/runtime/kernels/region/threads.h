@@ -43,7 +43,7 @@ class Work {
       stages_.push_back(reinterpret_cast<const Stage*>(at));
       at += stages_.back()->words;
     }
-    for (const Stage* stage : stages_) counts_.push_back(Tasks(*stage));
+    for (const Stage* stage : stages_) counts_.push_back(stage->flag < 0 ? Tasks(*stage) : 0);
     for (const Stage* stage : stages_) branches_.push_back({stage->flag, stage->wanted});
     progress_ = std::vector<Progress>(stages_.size());
     flags_ = std::vector<std::atomic<int64_t>>(header->flags);
@@ -54,9 +54,9 @@ class Work {
   void Go() {
     for (size_t i = 0; i < stages_.size(); ++i) {
       Progress& progress = progress_[i];
-      const int64_t count = counts_[i];
       const Branch& branch = branches_[i];
       if (branch.flag >= 0 && flags_[branch.flag].load(std::memory_order_relaxed) != branch.wanted) continue;
+      const int64_t count = counts_[i];
       for (int64_t task; progress.done.load(std::memory_order_acquire) < count;) {
         if (progress.next.load(std::memory_order_relaxed) >= count || (task = progress.next.fetch_add(1)) >= count) {
           Wait(progress, count);
@@ -132,7 +132,14 @@ class Work {
     Run(static_cast<const Attention&>(*op), memory_, task);
   }
 
-  void Set(const Decide& op) { flags_[op.flag].store(All(op, memory_), std::memory_order_relaxed); }
+  // Tasks of stages that will be passed over are not counted: there may be many. Whoever sees this op done sees all.
+  void Set(const Decide& op) {
+    const int64_t decided = All(op, memory_);
+    for (size_t i = 0; i < stages_.size(); ++i) {
+      if (branches_[i].flag == op.flag && branches_[i].wanted == decided) counts_[i] = Tasks(*stages_[i]);
+    }
+    flags_[op.flag].store(decided, std::memory_order_relaxed);
+  }
 
   void RunRow(const Op& op, int64_t row) const {
     switch (op.code) {
