@@ -1,7 +1,7 @@
 """What a run is likely to take: speed from bytes and ops, memory, time. Rough, and held against what was.
 
 A token costs the reading of its weights and keys at the speed of memory, measured here by all threads together, and
-a little for every op: less where quantized layers run as native regions, which on the other hand unpack what they read.
+a little for every op: less where layers run as native regions, which of coded weights also unpack what they read.
 """
 
 from __future__ import annotations
@@ -138,16 +138,17 @@ def decoding(module: Module, context: int = 128) -> Decoding:
     """Of one sequence that holds `context` tokens."""
     read = int(token_bytes(module) + context * cache_bytes_per_token(module))
     ops = int(sum(times * len(module.funcs[name].ops) for name, times in runs(module).items()))
-    if _native(module):
-        return Decoding(read, UNPACKED * bandwidth(), ops, NATIVE_OP_SECONDS)
-    return Decoding(read, bandwidth(), ops, OP_SECONDS)
+    coded, floats = _kinds(module)
+    if not (coded or floats) or not native.usable():
+        return Decoding(read, bandwidth(), ops, OP_SECONDS)
+    return Decoding(read, UNPACKED * bandwidth() if coded else bandwidth(), ops, NATIVE_OP_SECONDS)
 
 
-def _native(module: Module) -> bool:
-    """Whether its layers are coded, and the kernels for that are to be had here."""
-    weights = [p for p in module.params.values() if p.stack and len(p.type.shape) > 1]
-    coded = [p for p in weights if isinstance(p.type.dtype, Quant)]
-    return 2 * len(coded) > len(weights) and native.usable()
+def _kinds(module: Module) -> tuple[bool, bool]:
+    """Whether most of its layers' weights are coded, and whether most are f32: native regions take both."""
+    dtypes = [p.type.dtype for p in module.params.values() if p.stack and len(p.type.shape) > 1]
+    coded, floats = sum(isinstance(d, Quant) for d in dtypes), sum(d == "f32" for d in dtypes)
+    return 2 * coded > len(dtypes), 2 * floats > len(dtypes)
 
 
 def step_seconds(module: Module) -> float:
