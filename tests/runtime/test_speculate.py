@@ -68,7 +68,7 @@ def _fits(counts: np.ndarray, p: np.ndarray) -> None:
         assert z < 3.7, (counts, expected)
 
 
-def _verdicts(p: np.ndarray, q: np.ndarray, drafts: int, there: int, rows: int = 20000) -> Any:
+def _verdicts(p: np.ndarray, q: np.ndarray, drafts: int, there: int, rows: int = 4000) -> Any:
     """A verdict a row on `drafts` places of one p and q each, the first `there` of which hold drafts, and these."""
     key = jax.random.key(2)
     tokens = jax.random.categorical(key, jnp.log(q), shape=(rows, drafts)).astype(jnp.int32)
@@ -77,7 +77,7 @@ def _verdicts(p: np.ndarray, q: np.ndarray, drafts: int, there: int, rows: int =
     return reviewed(ps, qs, tokens, jnp.full(rows, there, jnp.int32), keys), np.asarray(tokens)
 
 
-@pytest.mark.parametrize(("p", "q"), PAIRS)
+@pytest.mark.parametrize(("p", "q"), PAIRS[::3])
 def test_a_round_without_drafts_is_plain_decoding(p: np.ndarray, q: np.ndarray) -> None:
     verdict, _ = _verdicts(p, q, drafts=2, there=0)
     assert not np.asarray(verdict.accepted).any()
@@ -91,8 +91,8 @@ def test_drafts_from_the_target_itself_all_stand(p: np.ndarray) -> None:
     _fits(np.bincount(verdict.following, minlength=4), p)
 
 
-@pytest.mark.parametrize("drafts", [1, 2, 5])
-@pytest.mark.parametrize(("p", "q"), PAIRS)
+@pytest.mark.parametrize("drafts", [1, 4])
+@pytest.mark.parametrize(("p", "q"), PAIRS[:3])
 def test_tokens_a_round_are_as_many_as_the_product_of_chances_says(p: np.ndarray, q: np.ndarray, drafts: int) -> None:
     """Where drafts are alike: (1 - beta^(G+1)) / (1 - beta) tokens a call, beta the mass that p and q share."""
     verdict, _ = _verdicts(p, q, drafts=drafts, there=drafts)
