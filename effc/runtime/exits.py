@@ -24,8 +24,8 @@ from effc.runtime.kernels.vocabulary.reference import Top, of_logits
 
 State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """x[b,t,d]; what is shown so far, logits [b,t,V] (or their likeliest token, i32[b,t]) or, where the measure needs
-none, states [b,t,d]; left f32[b,t],
-1 where a token has left; layers f32[b,t] that each ran. Flags are floats, as native regions have them."""
+none, states [b,t,d]; left f32[b,t], 1 where a token has left; layers f32[b,t] that each ran. Flags are floats, as
+native regions have them."""
 
 FROM_LOGITS = frozenset({"softmax", "softmax_max"})
 """Measures that need the head at every exit."""

@@ -17,7 +17,7 @@ from effc.runtime.train.tree import Leaf, flags, put, take
 TINY = Path(__file__).parent.parent / "tiny.effc"
 
 
-@pytest.mark.parametrize("text", ["500", "10m", "1.5m", "90s", "30s", "0"])
+@pytest.mark.parametrize("text", ["500", "500 steps", "10m", "1.5m", "90s", "30s", "0"])
 def test_budgets_are_spelled_back(text: str) -> None:
     budget = Budget.parse(text)
     assert Budget.parse(str(budget)) == budget

@@ -218,18 +218,21 @@ void Rows(const Matrix& m, const Memory& memory, int64_t panel) {
   }
 }
 
-// Panels of one task: enough tasks to share evenly, each long enough to stream.
-inline int64_t Share(int64_t panels, int64_t panel_bytes, int64_t threads) {
-  const int64_t even = (panels + 3 * threads - 1) / (3 * threads);
-  return std::max<int64_t>(1, std::min(even, (128 << 10) / std::max<int64_t>(1, panel_bytes)));
+// Panels of one task: enough tasks to share evenly, each long enough to stream. M: a matrix in panels.
+template <typename M>
+int64_t PanelsOfTask(const M& m, int64_t threads) {
+  const int64_t even = (m.panels() + 3 * threads - 1) / (3 * threads);
+  return std::max<int64_t>(1, std::min(even, (128 << 10) / std::max<int64_t>(1, m.panel_bytes)));
 }
 
-inline int64_t PanelsOfTask(const Matrix& m, int64_t threads) { return Share(m.panels(), m.panel_bytes, threads); }
-
-inline int64_t Tasks(const Linear& op, const Memory& memory, int64_t threads) {
-  const Matrix m(op, memory);
+template <typename M>
+int64_t TasksOf(const M& m, int64_t threads) {
   const int64_t each = PanelsOfTask(m, threads);
   return (m.panels() + each - 1) / each;
+}
+
+inline int64_t Tasks(const Linear& op, const Memory& memory, int64_t threads) {
+  return TasksOf(Matrix(op, memory), threads);
 }
 
 // Tasks are dealt so that each thread reads one stretch of memory while threads keep pace.
@@ -238,12 +241,18 @@ inline int64_t Place(int64_t task, int64_t count, int64_t threads) {
   return part * each + std::min(part, rest) + task / threads;
 }
 
-inline void Run(const Linear& op, const Memory& memory, int64_t threads, int64_t task) {
-  const Matrix m(op, memory);
-  task = Place(task, Tasks(op, memory, threads), threads);
+// `rows` is what is done with one panel, for all rows.
+template <typename M>
+void RunPanels(const M& m, const Memory& memory, int64_t threads, int64_t task,
+               void (*rows)(const M&, const Memory&, int64_t)) {
+  task = Place(task, TasksOf(m, threads), threads);
   const int64_t each = PanelsOfTask(m, threads), stop = std::min(m.panels(), (task + 1) * each);
-  const auto rows = op.digits == 2 ? (op.bits <= 4 ? Rows<2, 4> : Rows<2, 8>) : (op.bits <= 4 ? Rows<1, 4> : Rows<1, 8>);
   for (int64_t panel = task * each; panel < stop; ++panel) rows(m, memory, panel);
+}
+
+inline void Run(const Linear& op, const Memory& memory, int64_t threads, int64_t task) {
+  const auto rows = op.digits == 2 ? (op.bits <= 4 ? Rows<2, 4> : Rows<2, 8>) : (op.bits <= 4 ? Rows<1, 4> : Rows<1, 8>);
+  RunPanels(Matrix(op, memory), memory, threads, task, rows);
 }
 
 }  // namespace effc

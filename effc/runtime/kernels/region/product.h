@@ -10,20 +10,24 @@
 
 namespace effc {
 
-constexpr int64_t kWide = 256, kWider = 1024;  // columns from which panels are twice as wide: longer reads of each row of w
-constexpr int64_t kAhead = 8;   // rows of w that are asked for early: the next lies further than hardware looks
+// Columns from which panels are twice and four times as wide: longer reads of each row of w.
+constexpr int64_t kWide = 256, kWider = 1024;
+constexpr int64_t kAhead = 8;  // rows of w that are asked for early: the next lies further than hardware looks
 
 struct Table {
   const Product& op;
   const char* w;
   const float* bias;
+  int64_t width, panel_bytes;
 
   Table(const Product& op, const Memory& memory)
-      : op(op), w(memory.At<char>(op.w)), bias(memory.At<float>(op.bias)) {}
+      : op(op),
+        w(memory.At<char>(op.w)),
+        bias(memory.At<float>(op.bias)),
+        width(op.nk || op.outer < kWide ? kPanel : op.outer < kWider ? 2 * kPanel : 4 * kPanel),
+        panel_bytes(op.inner * width * (op.type == kF32 ? 4 : 2)) {}
 
-  int64_t width() const { return op.nk || op.outer < kWide ? kPanel : op.outer < kWider ? 2 * kPanel : 4 * kPanel; }
-  int64_t panels() const { return (op.outer + width() - 1) / width(); }
-  int64_t bytes() const { return op.type == kF32 ? 4 : 2; }
+  int64_t panels() const { return (op.outer + width - 1) / width; }
 };
 
 // The first `count` numbers from place `at` on, as floats; the other lanes are 0.
@@ -135,8 +139,8 @@ int64_t Whole(const Table& m, const Memory& memory, int64_t row, int64_t n, int6
 template <int R, int TYPE>
 void Panel(const Table& m, const Memory& memory, int64_t row, int64_t panel) {
   constexpr int J = R == 1 ? 16 : R == 2 ? 8 : 4, W = R <= 2 ? 8 : 4;
-  const int64_t stop = std::min(m.op.outer, (panel + 1) * m.width());
-  int64_t n = panel * m.width();
+  const int64_t stop = std::min(m.op.outer, (panel + 1) * m.width);
+  int64_t n = panel * m.width;
   if (m.op.nk) {
     for (; n < stop; n += J) Across<R, J, TYPE>(m, memory, row, n, std::min<int64_t>(J, stop - n));
     return;
@@ -160,22 +164,13 @@ void PanelRows(const Table& m, const Memory& memory, int64_t panel) {
   }
 }
 
-inline int64_t PanelsOfTask(const Table& m, int64_t threads) {
-  return Share(m.panels(), m.op.inner * m.width() * m.bytes(), threads);
-}
-
 inline int64_t Tasks(const Product& op, const Memory& memory, int64_t threads) {
-  const Table m(op, memory);
-  const int64_t each = PanelsOfTask(m, threads);
-  return (m.panels() + each - 1) / each;
+  return TasksOf(Table(op, memory), threads);
 }
 
 inline void Run(const Product& op, const Memory& memory, int64_t threads, int64_t task) {
-  const Table m(op, memory);
-  task = Place(task, Tasks(op, memory, threads), threads);
-  const int64_t each = PanelsOfTask(m, threads), stop = std::min(m.panels(), (task + 1) * each);
   const auto rows = op.type == kF32 ? PanelRows<kF32> : op.type == kF16 ? PanelRows<kF16> : PanelRows<kBF16>;
-  for (int64_t panel = task * each; panel < stop; ++panel) rows(m, memory, panel);
+  RunPanels(Table(op, memory), memory, threads, task, rows);
 }
 
 }  // namespace effc

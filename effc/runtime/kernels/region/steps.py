@@ -137,12 +137,12 @@ def _norm(former: Former, step: Step, args: Args) -> bool:
 
 
 def _linear(former: Former, step: Step, args: Args) -> bool:
-    number, w, bias = (*args.values, None)[:3]  # numbers of arguments, a Packed of them
+    number, w, bias = (*args.values, None)[:3]  # numbers of arguments, or for w a Packed of them
     x, bias, shape = args.place(number), args.place(bias), step.shape()
     x = x and x.reshaped(math.prod(shape[:-1]), shape[-1])
     if x is None or bias is None:
         return False
-    made = _coded(former, args, x, w, bias) if isinstance(w, Packed) else _dense(former, args, x, w, bias)
+    made = (_coded if isinstance(w, Packed) else _dense)(former, args, x, w, bias)
     if made is None:
         return False
     former.places[step.outs[0]] = made
@@ -151,27 +151,10 @@ def _linear(former: Former, step: Step, args: Args) -> bool:
 
 def _coded(former: Former, args: Args, x: Place, w: Any, bias: Place) -> Place | None:
     """x times packed codes."""
-    parts: list[Any] = [w.codes, w.scales]
-    if args.keywords.get("layout", "kn") != w.layout or args.types[parts[1]].dtype.name not in _TYPES:
+    if args.keywords.get("layout", "kn") != w.layout or args.types[w.scales].dtype.name not in _TYPES:
         return None
-    return None if any(args.outside(part) is None for part in parts) else _product(former, args, x, w, bias)
-
-
-def _dense(former: Former, args: Args, x: Place, w: Any, bias: Place) -> Place | None:
-    """x times floats as they lie, where it has few rows: XLA's products of many are as good."""
-    layout, aval = args.keywords.get("layout", "kn"), args.types.get(w)
-    if aval is None or len(aval.shape) != 2 or aval.dtype.name not in _TYPES or x.rows > ROWS:
+    if args.outside(w.codes) is None or args.outside(w.scales) is None:
         return None
-    inner, outer = aval.shape if layout == "kn" else aval.shape[::-1]
-    if outer <= COLUMNS or args.outside(w) is None:
-        return None
-    y, table = room(x.rows, outer), former.program.input(args.outside(w))
-    words = [x, y, table, bias.slot, x.rows, inner, outer, layout == "nk", _TYPES[aval.dtype.name]]
-    former.program.together(ops.PRODUCT, words, [x.slot, table, bias.slot], y.slot)
-    return y
-
-
-def _product(former: Former, args: Args, x: Place, w: Any, bias: Place) -> Place:
     codes, scales, zeros = (args.slot(part) for part in (w.codes, w.scales, w.zeros))
     assert codes and scales and zeros
     digits = former.digits
@@ -181,6 +164,20 @@ def _product(former: Former, args: Args, x: Place, w: Any, bias: Place) -> Place
     numbers = [block, x.rows, x.width, w.columns, w.bits, w.group or w.extent, w.piece, digits]
     words = [x, y, *parts, *numbers, _TYPES[args.types[w.scales].dtype.name]]
     former.program.together(ops.LINEAR, words, [x.slot, *parts], y.slot)
+    return y
+
+
+def _dense(former: Former, args: Args, x: Place, w: Any, bias: Place) -> Place | None:
+    """x times floats as they lie, where it has few rows: XLA's products of many are as good."""
+    layout, aval = args.keywords.get("layout", "kn"), args.types.get(w)
+    if aval is None or len(aval.shape) != 2 or aval.dtype.name not in _TYPES or x.rows > ROWS:
+        return None
+    (inner, outer), array = aval.shape if layout == "kn" else aval.shape[::-1], args.outside(w)
+    if outer <= COLUMNS or array is None:
+        return None
+    y, table = room(x.rows, outer), former.program.input(array)
+    words = [x, y, table, bias.slot, x.rows, inner, outer, layout == "nk", _TYPES[aval.dtype.name]]
+    former.program.together(ops.PRODUCT, words, [x.slot, table, bias.slot], y.slot)
     return y
 
 
