@@ -124,11 +124,15 @@ class Step:
     by that much and `last` keeps one row a sequence. Rows that padding leaves are overwritten later.
     """
 
-    def __init__(self, tokens: jax.Array, cache: Cache | None = None, valid: jax.Array | None = None):
+    def __init__(
+        self, tokens: jax.Array, cache: Cache | None = None, valid: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ):  # fmt: skip
         self._batch, self._count = tokens.shape[:2]
         self._before, self._valid, self._after = cache, valid, list[Any]()
         self.lengths = jnp.zeros(self._batch, jnp.int32) if cache is None else cache.lengths
-        self.positions = self.lengths[:, None] + jnp.arange(self._count, dtype=jnp.int32)[None, :]
+        counts = jnp.arange(self._count, dtype=jnp.int32)
+        self.positions = self.lengths[:, None] + counts[None, :] if positions is None else positions
 
     def append(self, *values: jax.Array, cache: str = "float") -> tuple[jax.Array, ...]:
         """Each [b,t,...] after the rows kept so far, [b,S,...]; keys and values first, kept as `cache` says."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effc.runtime.cache import Cache, Entry, Step
-from effc.runtime.deferred import Waiting, last
+from effc.runtime.deferred import Behind, Waiting, last
 from effc.runtime.kernels.region.branch import either
 from effc.runtime.kernels.region.record import recorded
 from effc.runtime.kernels.vocabulary.reference import Top, of_logits
@@ -199,14 +199,15 @@ def _deferring(stack: Stack, rule: Rule, state: State, step: Step, entries: int)
     ahead, values = step.ahead(count + 1), (x, *rule.rest)
     waiting = ahead[count] if len(ahead) > count else Waiting.none(values, rule.waiting)
     assert isinstance(waiting, Waiting)
+    stays, waiting = left * waiting.other(waiting.most), waiting.joined(values)
     carry = (shown, layers, ahead[:count])
-    stays = left * waiting.other(waiting.most)
     for size in range(waiting.most + 1):  # a call is traced for each: so many tokens run beside the new one
         skipped = jnp.maximum(stays, waiting.other(size))
-        run = _catching_up(stack, rule, step, left, waiting.before(size, values))
+        rows = waiting.rows(size + 1) if size else list(values)
+        run = _catching_up(stack, rule, Behind.of(step, size), left, rows)
         carry = either(skipped, run, lambda carry: carry, carry)
     shown, layers, grown = carry
-    step.put((*grown, waiting.after(values, stays)))
+    step.put((*grown, waiting.after(stays)))
     return x, shown, left, layers
 
 
@@ -215,14 +216,14 @@ Shown = tuple[jax.Array, jax.Array, tuple[Entry, ...]]
 
 
 def _catching_up(
-    stack: Stack, rule: Rule, step: Step, left: jax.Array, rows: Sequence[jax.Array]
+    stack: Stack, rule: Rule, behind: Behind, left: jax.Array, rows: Sequence[jax.Array]
 ) -> Callable[[Shown], Shown]:
     """The layers after the exit on rows [b,n,...], the last of which is the new token's."""
 
     def run(carry: Shown) -> Shown:
         shown, layers, entries = carry
         x, *rest = rows
-        part = Step(x, Cache(step.lengths - (x.shape[1] - 1), entries))
+        part = behind.step(x, entries)
         for p in stack.layers[rule.at[0] :]:
             x = stack.run(p, x, part, *rest)
         shown = select(left, shown, _final(stack, rule, last(x)))

@@ -182,6 +182,7 @@ def test_a_step_whose_layers_are_deferred_gives_what_loops_give(measure: str, ba
         args = params(), jnp.zeros((1, 1), jnp.int32), begun(function, params(), 1), jnp.float32(0.5)
         text = jax.jit(native.regions(chosen)).lower(*args).as_text()
         assert text.count("custom_call @effc_region") == 1 and "while" not in text
+        assert "dynamic_update_slice" not in text  # what waits is kept by the call, in place
     for threshold in (0.0, middle(ours, batch), 1.0):
         cache, mine = written(ours, batch, threshold, tokens=8)
         wanted_cache, wanted = written(plain, batch, threshold, tokens=8)

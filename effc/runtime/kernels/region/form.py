@@ -45,6 +45,7 @@ class Former:
         self.members: list[Step] = []
         self.borrowed: dict[int, Place] = {}
         self.caches: dict[int, Slot] = {}
+        self.counts: dict[int, Slot] = {}  # whole numbers, made outside too: that costs nothing if none is read
         self.quantized: dict[Any, Slot] = {}
         self.updated: dict[int, Slot] = {}  # by array: caches that the other side of a branch has grown
 

@@ -14,7 +14,7 @@ namespace effc {
 
 enum Code : int64_t {
   kNorm = 1, kQuantize, kRope, kAppend, kMap, kArgmax, kLinear, kAttention, kDecide, kSure, kSelect, kDense, kJoin,
-  kProduct
+  kProduct, kCount
 };
 
 // Where an array lies: base -1 the scratch memory, -2 nowhere, else the number of a buffer.
@@ -135,6 +135,12 @@ struct Product : Op {
 struct Select : Op {
   View y, where, a, b;
   int64_t width;
+};
+
+// y[i] = x + start + i for the x of each row: whole numbers.
+struct Count : Op {
+  Ref x, y;
+  int64_t start, count;
 };
 
 inline double Number(int64_t bits) { return LoadAs<double>(&bits); }

@@ -75,7 +75,8 @@ inline void Run(const Append& op, const Memory& memory, int64_t row) {
 
 enum Function : int64_t {
   kAdd, kSub, kMul, kDiv, kMax, kMin, kNeg, kExp, kTanh, kLogistic, kSquare, kCube, kSqrt, kRsqrt, kErf, kErfc, kCopy,
-  kReached  // 1 where a is b or more, and b less than 1
+  kReached,  // 1 where a is b or more, and b less than 1
+  kDiffers   // 1 where a is other than b
 };
 
 inline V Each(V x, float (*f)(float)) {
@@ -106,6 +107,7 @@ inline V Apply(int64_t function, V a, V b) {
     case kErf: return Each(a, std::erf);
     case kErfc: return Each(a, std::erfc);
     case kReached: return a >= b ? b < 1.0f ? Fill(1.0f) : V{} : V{};
+    case kDiffers: return a != b ? Fill(1.0f) : V{};
     default: return a;
   }
 }
@@ -153,6 +155,11 @@ inline int32_t First(const float* x, int64_t width) {
 
 inline void Run(const Argmax& op, const Memory& memory, int64_t row) {
   memory.At<int32_t>(op.y)[row] = First(memory.Row(op.x, row), op.width);
+}
+
+inline void Run(const Count& op, const Memory& memory, int64_t row) {
+  const int32_t begin = memory.At<int32_t>(op.x)[row] + static_cast<int32_t>(op.start);
+  for (int64_t i = 0; i < op.count; ++i) memory.At<int32_t>(op.y)[row * op.count + i] = begin + static_cast<int32_t>(i);
 }
 
 }  // namespace effc

@@ -32,7 +32,7 @@ def joins(former: Former, step: Step) -> bool:
 
 def _saved(former: Former) -> dict[str, Any]:
     """What joining changes."""
-    names = ("places", "views", "members", "borrowed", "caches", "quantized", "last")
+    names = ("places", "views", "members", "borrowed", "caches", "counts", "quantized", "last")
     parts = {name: getattr(former, name).copy() for name in names}
     return parts | {"program": former.program.copy(), "at": former.at}
 

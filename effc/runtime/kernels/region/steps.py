@@ -114,6 +114,16 @@ class Args:
         found = self.former.place(self.atoms[number])
         return None if found is None or found.offset else found.slot
 
+    def numbers(self, number: Any) -> Slot | None:
+        """Of an array i32."""
+        atom = self.atoms[number]
+        if self.types[number].dtype != np.int32 or isinstance(atom, Literal):
+            return None
+        if atom in self.former.counts:
+            return self.former.counts[atom]
+        array = self.outside(number)
+        return None if array is None else self.former.program.input(array)
+
     def outside(self, number: Any) -> Any:
         """An array that is not the region's; None where it is."""
         atom = self.atoms[number]
@@ -210,8 +220,8 @@ def _rope(former: Former, step: Step, args: Args) -> bool:
 def _append(former: Former, step: Step, args: Args) -> bool:
     """A row of a cache [b*g,S,m] for each new token, in place: nothing else may read the old cache."""
     old, new, lengths = args.values
-    x, at, aval = args.place(new), args.outside(lengths), args.types[old]
-    if x is None or at is None or len(aval.shape) != 3:
+    x, counts, aval = args.place(new), args.numbers(lengths), args.types[old]
+    if x is None or counts is None or len(aval.shape) != 3:
         return False
     _, tokens, heads, width = step.shape(1)
     kind = _kind(aval.dtype)
@@ -220,7 +230,6 @@ def _append(former: Former, step: Step, args: Args) -> bool:
     slot = _grown(former, args.atoms[old])
     if slot is None:
         return False
-    counts = former.program.input(at)
     words = [x, slot, counts, tokens, heads, width, aval.shape[1], kind]
     former.program.by_rows(ops.APPEND, words, [x.slot, counts], slot, x.rows)
     former.places[step.outs[0]] = Place(slot, 1, slot.size // 4, slot.size // 4)
@@ -253,10 +262,10 @@ def _attention(former: Former, step: Step, args: Args) -> bool:
         return False
     x, sink = args.place(q), args.place(sinks)
     stored = [_cache_of(former, args.atoms[number]) for number in (keys, values)]
-    where = args.outside(positions)
-    if x is None or sink is None or None in stored or where is None or where.dtype != np.int32:
+    where = args.numbers(positions)
+    if x is None or sink is None or None in stored or where is None:
         return False
-    former.places[step.outs[0]] = _attended(former, step, args, x, [*stored, former.program.input(where), sink.slot])
+    former.places[step.outs[0]] = _attended(former, step, args, x, [*stored, where, sink.slot])
     return True
 
 

@@ -151,6 +151,7 @@ class Work {
       case kArgmax: return Run(static_cast<const Argmax&>(op), memory_, row);
       case kSure: return Run(static_cast<const Sure&>(op), memory_, row);
       case kSelect: return Run(static_cast<const Select&>(op), memory_, row);
+      case kCount: return Run(static_cast<const Count&>(op), memory_, row);
       case kDense: return Run(static_cast<const Dense&>(op), memory_, row);
       case kJoin: return Run(static_cast<const Join&>(op), memory_, row);
     }
