@@ -104,7 +104,7 @@ class Draft(Pass):
         """Which tokens it can draft is found out first, then its arrays are fitted."""
         from effc.passes.draft import start, train  # optax, for who trains
 
-        source = train.Source(self.kind == "head", Path(self.prompts) if self.prompts else None)
+        source = train.Source(self.kind == "head", self.asks())
         lesson, ids = train.read(self.name, module, store, context, source), None
         if head.IDS in module.params:
             count = int(str(module.params[head.IDS].type.shape[0]))
@@ -122,6 +122,10 @@ class Draft(Pass):
         from effc.passes.draft import plan  # it runs the model: only where that is asked for
 
         return plan.planned(self, module, store, context, notes)
+
+    def asks(self) -> Path | None:
+        """The file of prompts that is learned from, and measured on."""
+        return Path(self.prompts) if self.prompts else None
 
     def _loop(self) -> str:
         return "model" if self.kind == "int4" else self.kind

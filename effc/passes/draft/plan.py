@@ -25,6 +25,7 @@ from effc.backend.to_python import emit, load_program
 from effc.ir.core import Attr, Decode, Module, Ref
 from effc.ir.printer import dump
 from effc.passes.base import Notes
+from effc.passes.draft.asking import READ, measured_on
 from effc.runtime.chain import Chain
 from effc.runtime.drafting import MANY
 from effc.runtime.engine import Engine
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from effc.passes.context import Context
     from effc.passes.draft.attach import Draft
 
-PROMPTS, READ, NEW = 4, 64, 64
-"""Calibration prompts, their tokens, and how many follow each."""
+NEW = 64
+"""Tokens that follow each prompt."""
 
 RUNS = 15
 """Timings of a call, in turn with the others; the least counts: what else the machine does only adds to it."""
@@ -102,7 +103,8 @@ def foreseen(
     most = _most(made_by, module)
     costs, many = known or timed(made_by, module, engine)
     engine = decoding(engine, _with(module, {"gamma": most, "acceptance": _eager(module)}))
-    levels, drafted = accepted(engine, costs, context, most)
+    prompts = measured_on(context, made_by.asks())
+    levels, drafted = accepted(engine, prompts)
     found = forecast(drafted, costs, [made_by.gamma] if made_by.gamma else range(1, most + 1))
     _say(costs, drafted, found, notes)
     _say_many(many, forecast(drafted, many, range(1, most + 1)), notes)
@@ -115,7 +117,7 @@ def foreseen(
         notes.chose(f"declined: x{found.speedup:.2f} predicted, want x{WORTH:g} (force=true drafts all the same)")
         attrs |= {"gamma": 0}
     elif known is None:
-        attrs |= {"measured": round(measured(engine, attrs, context), 3)}
+        attrs |= {"measured": round(measured(engine, attrs, prompts), 3)}
         notes.chose(f"measured on the same prompts: x{attrs['measured']}, predicted x{found.speedup:.2f}")
     return _with(module, {**attrs, "of": fingerprint(module)})
 
@@ -191,9 +193,8 @@ def _timed(
     return run
 
 
-def accepted(engine: Engine, costs: Costs, context: Context, most: int) -> tuple[tuple[float, ...], Drafted]:
-    """How often drafts of each level were right, and what drafts of full length came to, on calibration prompts."""
-    prompts = context.prompts(PROMPTS, READ).tolist()
+def accepted(engine: Engine, prompts: Sequence[list[int]]) -> tuple[tuple[float, ...], Drafted]:
+    """How often drafts of each level were right, and what drafts of full length came to, on these prompts."""
     result = generate(engine, prompts, max_new_tokens=NEW, stop_ids=())
     assert result.stats.draft is not None and result.stats.levels is not None
     return result.stats.levels, result.stats.draft
@@ -213,12 +214,12 @@ def forecast(drafted: Drafted, costs: Costs, gammas: Sequence[int] | range) -> F
     return best
 
 
-def measured(engine: Engine, attrs: dict[str, Attr | Ref], context: Context) -> float:
+def measured(engine: Engine, attrs: dict[str, Attr | Ref], prompts: Sequence[list[int]]) -> float:
     """Tokens a second with the drafter over those without, in turn on the same prompts, one at a time."""
     program = engine.program
     plain = Engine(replace(program, decode={}), engine.params)
     drafts = Engine(replace(program, decode={**program.decode, **attrs}), engine.params)
-    prompts, ratios = context.prompts(PROMPTS, READ).tolist(), list[float]()
+    ratios = list[float]()
     for prompt in [prompts[0], *prompts]:
         rates = [generate(e, [prompt], max_new_tokens=NEW, stop_ids=()).stats.decode_rate for e in (plain, drafts)]
         ratios.append(rates[1] / rates[0])

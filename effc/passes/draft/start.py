@@ -30,6 +30,9 @@ RIDGE = 1e-3
 WIDEST = 8192
 """Inputs up to which it is solved: the work grows with the cube of them."""
 
+ENOUGH = 200_000
+"""Rows that are summed of a step, of as many chunks as that takes: they are a hundred times the unknowns."""
+
 STEPS = 2
 """How far drafts are looked after."""
 
@@ -108,8 +111,11 @@ def solved(lesson: Lesson, embed: Embed, width: int) -> np.ndarray:
     size, readers = (depths + 1) * width, np.zeros(0)
     sums = Sums(np.zeros((size, size)), np.zeros((size, width)))
     for step in range(STEPS):
+        before = sums.count
         for chunk in lesson.chunks:
             sums = sums.with_rows(*rows(chunk, embed, width, readers if step else None))
+            if sums.count - before >= ENOUGH:
+                break
         readers = sums.solved()
     return readers
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effc.errors import EffcError
 from effc.ir.core import Module
+from effc.passes.draft.asking import LONGEST, prompts
 from effc.passes.draft.lesson import Lesson, keep, kept, learned
 from effc.passes.draft.scribe import Scribe, scribe
 from effc.runtime.train.budget import Budget
@@ -25,13 +26,12 @@ from effc.runtime.train.tree import chosen
 from effc.weights import Store
 
 if TYPE_CHECKING:
-    from effc.frontend.tokenizer import Tokenizer
     from effc.passes.context import Context, Model
 
 ROWS, LENGTH = 4, 128
 """Sequences of a step and their tokens: small steps, since there is little time."""
 
-ROWS_READ, WHOLE = 16, 256
+ROWS_READ, WHOLE = 16, 2 * LONGEST
 """Texts read or written at a time, and the tokens of a prompt with its answer."""
 
 STEPS = 2
@@ -40,8 +40,8 @@ STEPS = 2
 LATER = 0.6
 """Weight of each further step."""
 
-READING = 0.4
-"""Share of a budget of time that the target may spend on reading."""
+READING = 0.6
+"""Share of a budget of time that the target may spend on reading: what is read once more teaches little that is new."""
 
 LEAST = 64
 """Sequences read whatever the budget; twice as many batches as steps where that counts steps."""
@@ -56,18 +56,23 @@ class Source:
 
 
 def read(made_by: str, module: Module, store: Store, context: Context, source: Source) -> Lesson:
-    """What the target makes of the training text, as much as the budget allows; on disk for when this is resumed."""
+    """What the target makes of the training text, as much as the budget allows; on disk for when this is resumed.
+
+    A larger budget reads on from where a smaller one stopped.
+    """
     folder = context.folder / f"lesson-{_key(context, source)}"
-    whole = folder / "seconds"
-    if not whole.exists():
-        start = time.perf_counter()
+    spent = folder / "seconds"
+    seconds, there = float(spent.read_text()) if spent.exists() else 0.0, len(list(kept(folder)))
+    if not there or _reads_on(context.budget, there * ROWS_READ, seconds):
         reader = scribe(made_by, module, store, context, source.features)
-        for number, chunk in enumerate(_chunks(reader, context, source)):
-            keep(folder, number, chunk)
-            if not _reads_on(context.budget, (number + 1) * ROWS_READ, time.perf_counter() - start):
+        for number, chunk in enumerate(islice(_chunks(reader, context, source), there, None), there):
+            start = time.perf_counter()
+            keep(folder, number, chunk())
+            seconds += time.perf_counter() - start
+            spent.write_text(str(seconds))
+            if not _reads_on(context.budget, (number + 1) * ROWS_READ, seconds):
                 break
-        whole.write_text(str(time.perf_counter() - start))
-    return Lesson(list(kept(folder)), float(whole.read_text()))
+    return Lesson(list(kept(folder)), seconds)
 
 
 def _key(context: Context, source: Source) -> str:
@@ -78,41 +83,17 @@ def _key(context: Context, source: Source) -> str:
     return hashlib.sha256(told + f"{source.features} {context.seed}".encode()).hexdigest()[:12]
 
 
-def _chunks(reader: Scribe, context: Context, source: Source) -> Iterator[Mapping[str, np.ndarray]]:
-    """Answers to the prompts where there are some, all of them once; else windows of the training text."""
+def _chunks(reader: Scribe, context: Context, source: Source) -> Iterator[Callable[[], Mapping[str, np.ndarray]]]:
+    """What makes each chunk: answers to the prompts where there are some, all once; else windows of the text."""
     if source.prompts:
-        prompts = _prompts(context, source.prompts)
-        for number, at in enumerate(range(0, len(prompts), ROWS_READ)):
-            rows = prompts[at : at + ROWS_READ]
-            yield reader.answers(rows, WHOLE, context.seed * 100_003 + number)
+        found = prompts(context, source.prompts)
+        for number, at in enumerate(range(0, len(found), ROWS_READ)):
+            yield partial(reader.answers, found[at : at + ROWS_READ], WHOLE, context.seed * 100_003 + number)
         return
     batches = context.batches(ROWS_READ, LENGTH)
     most = None if context.ids is None else max(1, len(context.ids) // (LENGTH * ROWS_READ))
-    for number in itertools.count() if most is None else range(most):
-        yield reader.reads(np.asarray(batches(number, None)["tokens"], np.int32))
-
-
-def _prompts(context: Context, file: Path) -> list[list[int]]:
-    """The lines of a file as prompts, in the chat template where there is one, in an order by the seed."""
-    tokenizer = context.tokenizer
-    if tokenizer is None:
-        raise EffcError(f"{context.name}: {file} needs a tokenizer, and the model has none")
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise EffcError(f"{context.name}: {file}: {error}, want prompts, one a line") from None
-    found = [asked(tokenizer, line) for line in lines]
-    short = [ids for ids in found if 0 < len(ids) <= WHOLE // 2]
-    if not short:
-        raise EffcError(f"{context.name}: {file}: no prompt of 1 to {WHOLE // 2} tokens, want some, one a line")
-    return [short[i] for i in np.random.default_rng(context.seed).permutation(len(short))]
-
-
-def asked(tokenizer: Tokenizer, line: str) -> list[int]:
-    """A prompt's tokens, as `generate` makes them."""
-    if tokenizer.chat_template is None:
-        return tokenizer.encode(line)
-    return tokenizer.encode(tokenizer.apply_chat([{"role": "user", "content": line}]), specials=False)
+    for number in count() if most is None else range(most):
+        yield lambda number=number: reader.reads(np.asarray(batches(number, None)["tokens"], np.int32))
 
 
 def _reads_on(budget: Budget, rows: int, seconds: float) -> bool:

@@ -1,0 +1,52 @@
+"""Prompts of a file: what a drafter learns from, and is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from effc.errors import EffcError
+
+if TYPE_CHECKING:
+    from effc.frontend.tokenizer import Tokenizer
+    from effc.passes.context import Context
+
+LONGEST = 128
+"""Tokens of a prompt; longer ones are left out."""
+
+PROMPTS, READ = 4, 64
+"""Windows of --calib that are measured on, where no prompts are given, and their tokens."""
+
+ASKED = 8
+"""Prompts of a file that are measured on."""
+
+
+def prompts(context: Context, file: Path) -> list[list[int]]:
+    """The lines of a file as prompts, in the chat template where there is one, in an order by the seed."""
+    tokenizer = context.tokenizer
+    if tokenizer is None:
+        raise EffcError(f"{context.name}: {file} needs a tokenizer, and the model has none")
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise EffcError(f"{context.name}: {file}: {error}, want prompts, one a line") from None
+    found = [asked(tokenizer, line) for line in lines]
+    short = [ids for ids in found if 0 < len(ids) <= LONGEST]
+    if not short:
+        raise EffcError(f"{context.name}: {file}: no prompt of 1 to {LONGEST} tokens, want some, one a line")
+    return [short[i] for i in np.random.default_rng(context.seed).permutation(len(short))]
+
+
+def asked(tokenizer: Tokenizer, line: str) -> list[int]:
+    """A prompt's tokens, as `generate` makes them."""
+    if tokenizer.chat_template is None:
+        return tokenizer.encode(line)
+    return tokenizer.encode(tokenizer.apply_chat([{"role": "user", "content": line}]), specials=False)
+
+
+def measured_on(context: Context, file: Path | None) -> Sequence[list[int]]:
+    """Prompts to measure drafting on: the last of the file, which are learned from last; else windows of --calib."""
+    return prompts(context, file)[-ASKED:] if file else context.prompts(PROMPTS, READ).tolist()
