@@ -27,7 +27,8 @@ class Parser(argparse.ArgumentParser):
     """Mistakes are EffcError: one line and exit 1, as every other mistake."""
 
     def error(self, message: str) -> NoReturn:
-        raise EffcError(f"{self.prog.removeprefix('effc ')}: {message} (see {self.prog} --help)")
+        verb = self.prog.removeprefix("effc").strip()
+        raise EffcError(f"{f'{verb}: ' if verb else ''}{message} (see {self.prog} --help)")
 
 
 def verb(verbs: Any, name: str, run: Run, summary: str, *examples: str) -> Parser:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +192,7 @@ def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
+@recorded
 def embed(ids: jax.Array, table: Weight, *, dtype: Any = None) -> jax.Array:
     """Rows of table[V,d] at ids[...] -> [...,d]; the ids must be in 0..V-1."""
     if isinstance(table, QArray | Packed):
@@ -209,8 +210,14 @@ def rope_table(
     """cos and sin of position*freq[dims/2], each f32[b,t,dims/2] times scale."""
     if freq is None:
         freq = theta ** (-jnp.arange(0, dims, 2, dtype=jnp.float32) / dims)
+    return turns(positions, freq, of="cos", scale=scale), turns(positions, freq, of="sin", scale=scale)
+
+
+@recorded
+def turns(positions: jax.Array, freq: jax.Array, *, of: Literal["cos", "sin"], scale: float) -> jax.Array:
+    """cos or sin of position*freq, f32[b,t,n] times scale."""
     angles = positions[..., None].astype(jnp.float32) * freq.reshape((1,) * positions.ndim + freq.shape)
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    return (jnp.cos if of == "cos" else jnp.sin)(angles) * scale
 
 
 @recorded

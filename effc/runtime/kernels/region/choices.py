@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from effc.runtime.kernels.region import program as ops
 from effc.runtime.kernels.region.flat import Step
-from effc.runtime.kernels.region.program import NOWHERE, Place, Slot
+from effc.runtime.kernels.region.program import NOWHERE, Place
 from effc.runtime.kernels.region.record import LAYER
-from effc.runtime.kernels.region.steps import COLUMNS, FUNCTIONS, Args, copied, is_wide, room, rows_of
+from effc.runtime.kernels.region.steps import COLUMNS, FUNCTIONS, Args, is_wide, room, rows_of
 
 if TYPE_CHECKING:
     from effc.runtime.kernels.region.form import Former
@@ -23,8 +23,7 @@ REACHED, DIFFERS = len(FUNCTIONS), len(FUNCTIONS) + 1
 def join(former: Former, step: Step) -> bool:
     """Adds the step to the open region; whether it could."""
     take = _LAYERS.get(step.params["name"]) if step.eqn.primitive is LAYER else None
-    known = is_wide(step.out()) or take is _counted
-    return take is not None and known and take(former, step, Args(former, step))
+    return take is not None and is_wide(step.out()) and take(former, step, Args(former, step))
 
 
 def _sure(former: Former, step: Step, args: Args, *, margin: bool) -> bool:
@@ -104,37 +103,7 @@ def _differs(former: Former, step: Step, args: Args) -> bool:
     return True
 
 
-def _first(former: Former, step: Step, args: Args) -> bool:
-    """The first rows of what has a row for each of some tokens."""
-    slot, (batch, most, width) = args.slot(args.values[0]), step.shape()
-    count = int(args.keywords["count"])
-    if slot is None:
-        return False
-    y = Place(slot, count, width, width)
-    if batch > 1:
-        y = room(batch * count, width)
-        for i in range(batch):
-            to, part = (Place(s, count, width, width, 4 * i * n * width) for s, n in ((y.slot, count), (slot, most)))
-            former.program.by_rows(ops.MAP, copied(to, part), [slot], y.slot, count)
-    former.places[step.outs[0]] = y
-    return True
-
-
-def _counted(former: Former, step: Step, args: Args) -> bool:
-    """Whole numbers one after another: here, and outside for what regions do not know."""
-    x, start, count = args.numbers(args.values[0]), args.keywords["start"], max(1, args.keywords["count"])
-    if x is None:
-        return False
-    (rows,) = step.shape()
-    y = Slot(4 * rows * count, dtype="int32")
-    former.program.by_rows(ops.COUNT, [x, y, start, count], [x], y, rows)
-    former.counts[step.outs[0]] = y
-    former.outside(step)
-    return True
-
-
 _LAYERS: dict[str, Callable[[Former, Step, Args], bool]] = {
     "margin": partial(_sure, margin=True), "likeliest": partial(_sure, margin=False),
-    "select": _select, "reached": _reached, "linear": _score, "differs": _differs, "first": _first,
-    "counted": _counted,
+    "select": _select, "reached": _reached, "linear": _score, "differs": _differs,
 }  # fmt: skip

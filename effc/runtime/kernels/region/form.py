@@ -36,6 +36,7 @@ class Former:
         self.last: MutableMapping[int, float] = self.flat.last_reads()
         self.values: dict[int, Any] = dict(self.flat.consts)
         self.avals: dict[int, Any] = {}
+        self.parts: dict[int, tuple[Any, int, int]] = {}  # columns of an array: a region reads them where they lie
         self._open()
 
     def _open(self) -> None:
@@ -89,6 +90,9 @@ class Former:
         args = [self._array(atom) for atom in step.ins]
         for number, value in zip(step.outs, self._evaluate(step, args), strict=True):
             self.values[number] = value
+        columns = known.columns_of(step)
+        if columns is not None:
+            self.parts[step.outs[0]] = step.ins[0], *columns
 
     def _array(self, atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else self.values[atom]
@@ -133,6 +137,10 @@ class Former:
             return None
         if atom in self.places:
             return self.places[atom]
+        if atom in self.parts:
+            whole, start, stop = self.parts[atom]
+            place = self.place(whole)
+            return place and place.columns(start, stop)
         array = self.values[atom]
         rows, width = known.rows_of(array.shape)
         if atom not in self.borrowed:

@@ -14,7 +14,7 @@ namespace effc {
 
 enum Code : int64_t {
   kNorm = 1, kQuantize, kRope, kAppend, kMap, kArgmax, kLinear, kAttention, kDecide, kSure, kSelect, kDense, kJoin,
-  kProduct, kCount
+  kProduct, kCount, kEmbed, kTurns
 };
 
 // Where an array lies: base -1 the scratch memory, -2 nowhere, else the number of a buffer.
@@ -135,6 +135,20 @@ struct Product : Op {
 struct Select : Op {
   View y, where, a, b;
   int64_t width;
+};
+
+// y = the row of a table whose number is in `ids`: floats as they lie (see Type), or packed codes with scales of a type.
+struct Embed : Op {
+  View y;
+  Ref ids, table, scales, zeros;
+  int64_t vocab, width, bits, group, type;  // bits 0: floats
+};
+
+// y = the cosines (or sines) of a row's position times each of freq, times scale.
+struct Turns : Op {
+  View y;
+  Ref positions, freq;
+  int64_t width, sine, scale;  // scale: bits of a double
 };
 
 // y[i] = x + start + i for the x of each row: whole numbers.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 NORM, QUANTIZE, ROPE, APPEND, MAP, ARGMAX, LINEAR, ATTENTION, DECIDE, SURE, SELECT, DENSE, JOIN = range(1, 14)
-PRODUCT, COUNT = 14, 15
+PRODUCT, COUNT, EMBED, TURNS = 14, 15, 16, 17
 
 WORTH = frozenset({LINEAR, PRODUCT})
 """Ops for which a call is made: they read weights, and take most of a program's time."""

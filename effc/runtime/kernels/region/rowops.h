@@ -157,6 +157,13 @@ inline void Run(const Argmax& op, const Memory& memory, int64_t row) {
   memory.At<int32_t>(op.y)[row] = First(memory.Row(op.x, row), op.width);
 }
 
+inline void Run(const Turns& op, const Memory& memory, int64_t row) {
+  const float *freq = memory.At<float>(op.freq), at = static_cast<float>(memory.At<int32_t>(op.positions)[row]);
+  const auto scale = static_cast<float>(Number(op.scale));
+  float* y = memory.Row(op.y, row);
+  for (int64_t i = 0; i < op.width; ++i) y[i] = (op.sine ? std::sin(at * freq[i]) : std::cos(at * freq[i])) * scale;
+}
+
 inline void Run(const Count& op, const Memory& memory, int64_t row) {
   const int32_t begin = memory.At<int32_t>(op.x)[row] + static_cast<int32_t>(op.start);
   for (int64_t i = 0; i < op.count; ++i) memory.At<int32_t>(op.y)[row * op.count + i] = begin + static_cast<int32_t>(i);

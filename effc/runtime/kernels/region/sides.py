@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from effc.runtime.kernels.region import choices
+from effc.runtime.kernels.region import choices, gathers
 from effc.runtime.kernels.region import program as ops
 from effc.runtime.kernels.region import steps as known
 from effc.runtime.kernels.region.branch import BRANCH, operands
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def joins(former: Former, step: Step) -> bool:
     """Whether the step has been taken in; of a branch all of both sides, or else the region is as it was."""
     if step.eqn.primitive is not BRANCH:
-        return known.join(former, step) or choices.join(former, step)
+        return any(layers.join(former, step) for layers in (known, choices, gathers))
     before = _saved(former)
     if _joined(former, step):
         return True

@@ -36,7 +36,7 @@ ROWS, COLUMNS = 16, 8
 _VIEWS = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "slice", "concatenate"})
 _NONE = Place(NOWHERE, 1, 1, 0)
 _KINDS = ("float32", "float16", "int8", "uint8")
-_TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+TYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 
 
 def rows_of(shape: Sequence[int]) -> tuple[int, int]:
@@ -161,7 +161,7 @@ def _linear(former: Former, step: Step, args: Args) -> bool:
 
 def _coded(former: Former, args: Args, x: Place, w: Any, bias: Place) -> Place | None:
     """x times packed codes."""
-    if args.keywords.get("layout", "kn") != w.layout or args.types[w.scales].dtype.name not in _TYPES:
+    if args.keywords.get("layout", "kn") != w.layout or args.types[w.scales].dtype.name not in TYPES:
         return None
     if args.outside(w.codes) is None or args.outside(w.scales) is None:
         return None
@@ -172,7 +172,7 @@ def _coded(former: Former, args: Args, x: Place, w: Any, bias: Place) -> Place |
     y = room(x.rows, w.columns)
     parts = [quantized, codes, scales, zeros, bias.slot]
     numbers = [block, x.rows, x.width, w.columns, w.bits, w.group or w.extent, w.piece, digits]
-    words = [x, y, *parts, *numbers, _TYPES[args.types[w.scales].dtype.name]]
+    words = [x, y, *parts, *numbers, TYPES[args.types[w.scales].dtype.name]]
     former.program.together(ops.LINEAR, words, [x.slot, *parts], y.slot)
     return y
 
@@ -180,13 +180,13 @@ def _coded(former: Former, args: Args, x: Place, w: Any, bias: Place) -> Place |
 def _dense(former: Former, args: Args, x: Place, w: Any, bias: Place) -> Place | None:
     """x times floats as they lie, where it has few rows: XLA's products of many are as good."""
     layout, aval = args.keywords.get("layout", "kn"), args.types.get(w)
-    if aval is None or len(aval.shape) != 2 or aval.dtype.name not in _TYPES or x.rows > ROWS:
+    if aval is None or len(aval.shape) != 2 or aval.dtype.name not in TYPES or x.rows > ROWS:
         return None
     (inner, outer), array = aval.shape if layout == "kn" else aval.shape[::-1], args.outside(w)
     if outer <= COLUMNS or array is None:
         return None
     y, table = room(x.rows, outer), former.program.input(array)
-    words = [x, y, table, bias.slot, x.rows, inner, outer, layout == "nk", _TYPES[aval.dtype.name]]
+    words = [x, y, table, bias.slot, x.rows, inner, outer, layout == "nk", TYPES[aval.dtype.name]]
     former.program.together(ops.PRODUCT, words, [x.slot, table, bias.slot], y.slot)
     return y
 
@@ -345,15 +345,21 @@ def _reshape(former: Former, step: Step) -> bool:
     return True
 
 
+def columns_of(step: Step) -> tuple[int, int] | None:
+    """From where to where, if the step is a slice of the last axis of f32 of up to three axes."""
+    if step.name != "slice" or not is_wide(step.out()) or len(step.shape()) > 3:
+        return None
+    start, limit, strides = (step.params[name] for name in ("start_indices", "limit_indices", "strides"))
+    rest = all(a == 0 and b == n for a, b, n in zip(start[:-1], limit[:-1], step.shape()[:-1]))
+    return (start[-1], limit[-1]) if rest and set(strides or (1,)) == {1} else None
+
+
 def _slice(former: Former, step: Step) -> bool:
-    """Some of the last axis of a value of up to three axes."""
-    place, shape = former.places.get(step.ins[0]), step.shape()
-    start, limit = step.params["start_indices"], step.params["limit_indices"]
-    strides = step.params["strides"]
-    rest = all(a == 0 and b == n for a, b, n in zip(start[:-1], limit[:-1], shape[:-1]))
-    if place is None or not rest or len(shape) > 3 or (strides is not None and set(strides) != {1}):
+    """Some of the last axis."""
+    place, columns = former.places.get(step.ins[0]), columns_of(step)
+    if place is None or columns is None:
         return False
-    former.places[step.outs[0]] = place.columns(start[-1], limit[-1])
+    former.places[step.outs[0]] = place.columns(*columns)
     return True
 
 

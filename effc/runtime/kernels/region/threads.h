@@ -16,6 +16,7 @@
 
 #include "attention.h"
 #include "choice.h"
+#include "embed.h"
 #include "product.h"
 #include "rowops.h"
 
@@ -152,6 +153,8 @@ class Work {
       case kSure: return Run(static_cast<const Sure&>(op), memory_, row);
       case kSelect: return Run(static_cast<const Select&>(op), memory_, row);
       case kCount: return Run(static_cast<const Count&>(op), memory_, row);
+      case kTurns: return Run(static_cast<const Turns&>(op), memory_, row);
+      case kEmbed: return Run(static_cast<const Embed&>(op), memory_, row);
       case kDense: return Run(static_cast<const Dense&>(op), memory_, row);
       case kJoin: return Run(static_cast<const Join&>(op), memory_, row);
     }
