@@ -28,9 +28,9 @@ class Fixed:
         return {"": self.arrays[i]}
 
 
-def random_store(module: Module) -> dict[str, Fixed]:
+def random_store(module: Module, seed: int = 0) -> dict[str, Fixed]:
     """f32 arrays, scaled so that activations stay near 1."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def one(param: Param) -> np.ndarray:
         shape = tuple(size for size in param.type.shape if isinstance(size, int))

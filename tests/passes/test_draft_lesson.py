@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,11 +13,13 @@ import pytest
 from effc.backend.to_python import emit, load_program
 from effc.ir.parser import parse
 from effc.passes.base import Notes
-from effc.passes.draft import Draft
+from effc.passes.draft import Draft, train
 from effc.passes.draft.lesson import Lesson, keep, kept, learned
 from effc.passes.draft.scribe import Scribe, likeliest
 from effc.runtime.engine import Engine
 from effc.runtime.generate import generate
+from effc.runtime.train.budget import Budget
+from tests.backend.conftest import random_store
 from tests.runtime.conftest import TINY, random_params
 
 PROMPTS = [[5, 9, 2, 33], [7], [1, 2, 3, 4, 1, 2, 3]]
@@ -51,6 +54,37 @@ def test_answers_are_those_of_plain_decoding(reader: tuple[Scribe, Any], tmp_pat
     lesson = Lesson(list(kept(tmp_path)))
     assert lesson.texts == 6 and lesson.features
     np.testing.assert_array_equal(lesson.rows([4])["tokens"][0], chunk["tokens"][1])
+
+
+def test_a_lesson_is_read_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted, or with a larger budget: chunks that are there stay, as if it had been read at once."""
+    module = Draft(kind="head", vocab=16).run(parse(TINY.read_text()), Notes())
+    read = list[int]()
+
+    class Fake:
+        def reads(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+            read.append(int(tokens[0, 0]))
+            if len(read) == 3:
+                raise KeyboardInterrupt
+            return {"tokens": tokens, "spans": np.tile(np.asarray([[1, 128]], np.int32), (len(tokens), 1))}
+
+    def lesson(steps: int, ids: Any = None) -> Lesson:
+        context = SimpleNamespace(
+            folder=tmp_path, budget=Budget(steps=steps), seed=0, calib="text", ids=ids,
+            batches=lambda rows, length: lambda n, _: {"tokens": np.full((rows, length), n)},
+        )  # fmt: skip
+        return train.read("draft", module, store, context, train.Source(True))  # type: ignore[arg-type]
+
+    store = random_store(module)
+    monkeypatch.setattr(train, "scribe", lambda *_: Fake())
+    with pytest.raises(KeyboardInterrupt):
+        lesson(16)
+    assert lesson(16).texts == 4 * train.ROWS_READ and read == [0, 1, 2, 2, 3]
+    assert lesson(16).texts == 4 * train.ROWS_READ and len(read) == 5  # all there
+    found = lesson(20)
+    assert read[5:] == [4] and [int(chunk["tokens"][0, 0]) for chunk in found.chunks] == [0, 1, 2, 3, 4]
+    store = random_store(module, seed=1)
+    assert lesson(4).texts == train.ROWS_READ and read[6:] == [0]  # another target's
 
 
 def test_the_likeliest_are_those_of_a_sort() -> None:

@@ -15,9 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effc.certificate import fingerprint
 from effc.ir.core import Module
 from effc.passes.draft.asking import LONGEST, prompts
+from effc.passes.draft.head import VERIFY
 from effc.passes.draft.lesson import Lesson, keep, kept, learned
+from effc.passes.draft.parts import PREFIX
 from effc.passes.draft.scribe import Scribe, scribe
 from effc.runtime.train.budget import Budget
 from effc.runtime.train.losses import mean
@@ -60,7 +63,7 @@ def read(made_by: str, module: Module, store: Store, context: Context, source: S
 
     A larger budget reads on from where a smaller one stopped.
     """
-    folder = context.folder / f"lesson-{_key(context, source)}"
+    folder = context.folder / f"lesson-{_key(module, store, context, source)}"
     spent = folder / "seconds"
     seconds, there = float(spent.read_text()) if spent.exists() else 0.0, len(list(kept(folder)))
     if not there or _reads_on(context.budget, there * ROWS_READ, seconds):
@@ -75,12 +78,14 @@ def read(made_by: str, module: Module, store: Store, context: Context, source: S
     return Lesson(list(kept(folder)), seconds)
 
 
-def _key(context: Context, source: Source) -> str:
-    """Of what is read: other texts are another lesson."""
-    told = (
-        source.prompts.read_bytes() if source.prompts and source.prompts.is_file() else (context.calib or "").encode()
-    )
-    return hashlib.sha256(told + f"{source.features} {context.seed}".encode()).hexdigest()[:12]
+def _key(module: Module, store: Store, context: Context, source: Source) -> str:
+    """Of what reads and what is read: another target or other texts are another lesson."""
+    funcs = {name: func for name, func in module.funcs.items() if name not in (PREFIX, VERIFY)}
+    params = {name: param for name, param in module.params.items() if not name.startswith(f"{PREFIX}.")}
+    target = fingerprint(replace(module, funcs=funcs, params=params, decode=None, meta={}), store)
+    asked = source.prompts and source.prompts.is_file()
+    told = source.prompts.read_bytes() if source.prompts and asked else (context.calib or "").encode()
+    return hashlib.sha256(told + f"{target} {source.features} {context.seed}".encode()).hexdigest()[:12]
 
 
 def _chunks(reader: Scribe, context: Context, source: Source) -> Iterator[Callable[[], Mapping[str, np.ndarray]]]:
