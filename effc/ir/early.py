@@ -83,6 +83,7 @@ SETTINGS: Mapping[str, str] = {
     "layers": "layers of the stack",
     "threshold": "confidence at which tokens leave; 1 never",
     "tokens": "how many tokens of a text it is certified for; later ones run all layers",
+    "most": "sequences at once up to which tokens leave, where more were slower by it; 0 any number",
     "delta": "mean loss that is allowed",
     "epsilon": "chance of the calibration that the mean loss is above delta",
     "loss": "mean loss of the calibration prompts",
@@ -99,6 +100,9 @@ def early_strategy_faults(module: Module, attrs: Mapping[str, Attr | Ref]) -> It
     for name in attrs:
         if name not in SETTINGS:
             yield f"no setting '{name}'{nearest(name, SETTINGS)}"
+    most = attrs.get("most", 0)
+    if not isinstance(most, int) or isinstance(most, bool) or most < 0:
+        yield f"most={most}, want a number of sequences, 0 for any"
     ref, threshold = attrs.get("early"), attrs.get("threshold", 1.0)
     func = module.funcs.get(ref.name) if isinstance(ref, Ref) else None
     found = [op for op in func.ops if op.kind == "early"] if func else []

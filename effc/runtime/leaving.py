@@ -23,20 +23,23 @@ class Exits:
     """A program's exits: entry(params, tokens, cache, threshold=, progress=) -> (logits, layers, cache); with
     likeliest=True tokens in place of logits.
 
-    threshold is certified for greedy text of up to `tokens` tokens; 1 where nothing is.
+    threshold is certified for greedy text of up to `tokens` tokens; 1 where nothing is. most: sequences at once up to
+    which it is used, 0 any number: more may be slower by it.
     """
 
     entry: Callable[..., Any]
     layers: int
     threshold: float = 1.0
     tokens: int = 0
+    most: int = 0
 
     def begin(self, params: Any, state: State, new: int, asked: float | None, certified: bool) -> State:
         """The state with what exits need, or as it is where the full model is to run all the time.
 
         asked: a threshold without guarantee; None: the certified one, where this way of choosing is `certified`.
         """
-        threshold = asked if asked is not None else self.threshold if certified else 1.0
+        few = not self.most or state["cache"].lengths.shape[0] <= self.most
+        threshold = asked if asked is not None else self.threshold if certified and few else 1.0
         if not 0 <= threshold <= 1:
             raise EffcError(f"exits: threshold {threshold:g}, want 0 (always leave) to 1 (never)")
         if threshold >= 1:
@@ -118,4 +121,6 @@ def exits_of(program: Program) -> Exits | None:
     if "early" not in asked:
         return None
     threshold, tokens = float(asked.get("threshold", 1.0)), int(asked.get("tokens", 0))
-    return Exits(program.entries[str(asked["early"])], int(asked["layers"]), threshold, tokens)
+    return Exits(
+        program.entries[str(asked["early"])], int(asked["layers"]), threshold, tokens, int(asked.get("most", 0))
+    )

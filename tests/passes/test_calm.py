@@ -177,6 +177,13 @@ def test_generation_counts_layers_and_the_full_model_is_untouched(made: Make, ra
     mixed = generate(engine, prompts, max_new_tokens=8, exits=0.02)
     alone = [generate(engine, [prompt], max_new_tokens=8, exits=0.02).tokens[0] for prompt in prompts]
     assert mixed.tokens == alone
+    # Certified for one text at a time: more run all layers, unless a threshold is asked for.
+    decode = {**engine.program.decode, "threshold": 0.02, "tokens": 8, "most": 1}
+    single = Engine(replace(engine.program, decode=decode), engine.params)
+    assert [generate(single, [prompt], max_new_tokens=8).tokens[0] for prompt in prompts] == alone
+    both = generate(single, prompts, max_new_tokens=8)
+    assert both.tokens == full.tokens and both.stats.exits is None
+    assert generate(single, prompts, max_new_tokens=8, exits=0.02).tokens == alone
 
 
 def test_quantized_models_have_exits_too(made: Make, apply, random_store):

@@ -116,10 +116,12 @@ def calibrate(made_by: Calm, module: Module, store: Store, context: Context, not
         shares = ", ".join(f"{share:.1%} after {place}" for place, share in agreed.items())
         notes.chose(f"exits agree with the last layer on {shares} layers, on its own texts")
     _tell(notes, found, texts, chosen)
-    gains = _together(made_by, module, store, context, texts, chosen)
+    gains, alone = _together(made_by, module, store, context, texts, chosen), False
     if gains:
         ways = ", ".join(f"x{gain:.2f} {_WAYS[rows]}" for rows, gain in gains.items())
-        notes.chose(f"of {TOGETHER} texts at once: {ways}, tokens/s over the full model's")
+        alone = gains[made_by.rows] < 1
+        rest = ": more than one text at a time run all layers" if alone else ""
+        notes.chose(f"of {TOGETHER} texts at once: {ways}, tokens/s over the full model's{rest}")
     told = {"summary": list(notes.choices), "seconds": time.perf_counter() - started}
     told["chart"] = chart(
         texts.rates, {t.setting: t.mean for t in found.tried}, {t.setting for t in found.tried if t.passed}
@@ -128,7 +130,7 @@ def calibrate(made_by: Calm, module: Module, store: Store, context: Context, not
         notes.chose(line)
     told |= {"agreement": agreed, "together": {"texts": TOGETHER, **gains} if gains else {}}
     notes.measured = {**_numbers(found, texts, chosen), **told}
-    return certificate.bind(_settled(module, made_by, found, chosen), store)
+    return certificate.bind(_settled(module, made_by, found, chosen, alone), store)
 
 
 _WAYS = {"masked": "each leaving by itself", "wait": "waiting for the least sure"}
@@ -164,8 +166,8 @@ def _some(thresholds: Sequence[float], most: int = 6) -> list[float]:
     return [thresholds[int(i)] for i in np.linspace(0, len(thresholds) - 1, most)]
 
 
-def _settled(module: Module, made_by: Calm, found: Certificate, chosen: float) -> Module:
-    """The threshold in the op and in `decode`, beside what is promised of it."""
+def _settled(module: Module, made_by: Calm, found: Certificate, chosen: float, alone: bool) -> Module:
+    """The threshold in the op and in `decode`, beside what is promised of it; alone: for one text at a time."""
     name = early_name(module)
 
     def settle(op: Op) -> list[Op] | None:
@@ -176,6 +178,7 @@ def _settled(module: Module, made_by: Calm, found: Certificate, chosen: float) -
         "threshold": chosen, "tokens": made_by.tokens, "delta": made_by.delta, "epsilon": made_by.epsilon,
         "loss": round(loss, 6), "n": found.n, "measure": "risk" if made_by.risk else "textual", "of": made_by.loss,
     }  # fmt: skip
+    told |= {"most": 1} if alone else {}
     assert module.decode is not None
     decode = Decode(module.decode.strategy, {**module.decode.attrs, **told})
     return replace(module.with_func(replace_ops(module.funcs[name], settle)), decode=decode)
