@@ -26,6 +26,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
+@pytest.mark.slow
 def test_quantize_then_generate(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     printed = run("quantize.py", checkpoint, tmp_path / "out")
     assert printed.startswith("24.4 MB -> 3.")

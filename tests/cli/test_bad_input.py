@@ -192,6 +192,7 @@ def test_interrupted(tiny: Path, text: Path, out: Path, capsys: Any, monkeypatch
 
 
 @pytest.mark.usefixtures("heard")
+@pytest.mark.slow
 def test_interrupted_over_an_old_artifact(artifact: Path, tiny: Path, text: Path, out: Path, monkeypatch: Any) -> None:
     """The artifact that was to be replaced stays as it was."""
     shutil.copytree(artifact, out)

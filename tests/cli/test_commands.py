@@ -72,6 +72,7 @@ def test_dry_run_writes_nothing(tiny: Path, tmp_path: Path, said: Said) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_hand_edited_dump_takes_effect(tiny: Path, text: Path, tmp_path: Path, said: Said) -> None:
     """dump -> edit the group size -> opt -> optimize --ir: the artifact is coded as the edit says."""
     dumps, edited, after, out = (tmp_path / name for name in ("dumps", "edited.effc", "after.effc", "out"))
@@ -230,6 +231,7 @@ def test_bench_in_turn(artifact: Path, tiny: Path, said: Said) -> None:
     assert "tg4" in said("bench", artifact, "-n", 4, "-r", 1)
 
 
+@pytest.mark.slow
 def test_export_writes_programs_that_run(tiny: Path, text: Path, tmp_path: Path, said: Said) -> None:
     from effc.backend.to_stablehlo import load_exported
 

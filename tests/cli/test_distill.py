@@ -92,6 +92,7 @@ def _first(told: dict) -> float:
     return told["passes"][0]["trained"][0]["looks"][0]["values"]["kl"]
 
 
+@pytest.mark.slow
 def test_a_student_of_code_learns_from_samples_of_the_teacher(tiny: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "small.py").write_text(CODE)
     line = [f"{tmp_path}/small.py:build", "--config", '{"width": 4}', "--from", str(tiny), "--budget", "6"]

@@ -131,6 +131,7 @@ def test_a_pass_that_trains_and_calibrates(source: Source, tmp_path: Path) -> No
     assert not list(tmp_path.glob(".out*"))  # the work folder went with its use
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = replace(QUIET, passes="forget", heal="12")
     whole = optimize(source, tmp_path / "whole", asked)
