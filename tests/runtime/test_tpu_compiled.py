@@ -16,6 +16,8 @@ from effc.backend.tpu.models import MODELS, cases
 from effc.runtime.kernels.generations import GENERATIONS
 
 TARGETS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+QUICK = {"v5e:2x2", "v6e:2x2"}
+"""In the default run; the others are slow."""
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, has no wheel for this system"
@@ -104,7 +106,7 @@ def share(found: dict[str, Any], target: str) -> float:
 
 
 @needs_compiler
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [t if t in QUICK else pytest.param(t, marks=pytest.mark.slow) for t in TARGETS])
 def test_every_kernel_compiles(target: str, tmp_path: Any) -> None:
     asked = [*SMOL, *LLAMA, *GEMMA, *[matmul(4096, 128256, 1, 128)] * (target[:3] in MOST)]
     found = measured(target, asked, tmp_path)
