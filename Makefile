@@ -49,8 +49,8 @@ bench: $(VENV)/dev.stamp  ## speed against a hand-written JAX loop over the same
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1
 sanitize: $(VENV)/dev.stamp  ## native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  EFFC_NATIVE_FLAGS="$(SANITIZE)" $(BIN)/python -m pytest tests/runtime/test_region_kernel.py tests/runtime/test_region_branches.py \
-	  tests/runtime/test_native_matmul.py
+	  EFFC_NATIVE_FLAGS="$(SANITIZE)" $(BIN)/python -m pytest tests/runtime/test_native_matmul.py \
+	  $(addprefix tests/runtime/test_region_,kernel.py branches.py embed.py)
 
 clean:  ## remove the environment and what the tools left
 	rm -rf $(VENV) demo-out bench-out build *.egg-info .pytest_cache .ruff_cache .hypothesis
