@@ -64,10 +64,7 @@ class Generator:
 
     def encode(self, prompt: str, chat: bool = False) -> list[int]:
         """Token ids of a text, or of a chat's first message."""
-        if not chat:
-            return self.tokenizer.encode(prompt)
-        text = self.tokenizer.apply_chat([{"role": "user", "content": prompt}])
-        return self.tokenizer.encode(text, specials=False)
+        return self.tokenizer.ask(prompt) if chat else self.tokenizer.encode(prompt)
 
     def run(self, prompts: Sequence[Sequence[int]], how: Asked) -> Result:
         """All of it, for token ids."""

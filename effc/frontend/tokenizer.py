@@ -105,6 +105,10 @@ class Tokenizer:
             template = next((t["template"] for t in template if t.get("name") == "default"), None)
         return template
 
+    def ask(self, message: str) -> list[int]:
+        """Token ids of a chat's first message."""
+        return self.encode(self.apply_chat([{"role": "user", "content": message}]), specials=False)
+
     def apply_chat(
         self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool = True, **variables: Any
     ) -> str:

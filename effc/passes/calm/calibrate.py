@@ -116,10 +116,10 @@ def calibrate(made_by: Calm, module: Module, store: Store, context: Context, not
         shares = ", ".join(f"{share:.1%} after {place}" for place, share in agreed.items())
         notes.chose(f"exits agree with the last layer on {shares} layers, on its own texts")
     _tell(notes, found, texts, chosen)
-    gains, alone = _together(made_by, module, store, context, texts, chosen), False
+    gains = _together(made_by, module, store, context, texts, chosen)
+    alone = gains.get(made_by.rows, 1.0) < 1
     if gains:
         ways = ", ".join(f"x{gain:.2f} {_WAYS[rows]}" for rows, gain in gains.items())
-        alone = gains[made_by.rows] < 1
         rest = ": more than one text at a time run all layers" if alone else ""
         notes.chose(f"of {TOGETHER} texts at once: {ways}, tokens/s over the full model's{rest}")
     told = {"summary": list(notes.choices), "seconds": time.perf_counter() - started}

@@ -11,7 +11,6 @@ import numpy as np
 from effc.errors import EffcError
 
 if TYPE_CHECKING:
-    from effc.frontend.tokenizer import Tokenizer
     from effc.passes.context import Context
 
 LONGEST = 128
@@ -33,18 +32,11 @@ def prompts(context: Context, file: Path) -> list[list[int]]:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise EffcError(f"{context.name}: {file}: {error}, want prompts, one a line") from None
-    found = [asked(tokenizer, line) for line in lines]
+    found = [tokenizer.encode(line) if tokenizer.chat_template is None else tokenizer.ask(line) for line in lines]
     short = [ids for ids in found if 0 < len(ids) <= LONGEST]
     if not short:
         raise EffcError(f"{context.name}: {file}: no prompt of 1 to {LONGEST} tokens, want some, one a line")
     return [short[i] for i in np.random.default_rng(context.seed).permutation(len(short))]
-
-
-def asked(tokenizer: Tokenizer, line: str) -> list[int]:
-    """A prompt's tokens, as `generate` makes them."""
-    if tokenizer.chat_template is None:
-        return tokenizer.encode(line)
-    return tokenizer.encode(tokenizer.apply_chat([{"role": "user", "content": line}]), specials=False)
 
 
 def measured_on(context: Context, file: Path | None) -> Sequence[list[int]]:

@@ -2,24 +2,18 @@
 
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "program.h"
 
 namespace effc {
 
-// One number as stored.
-inline float Narrow(const void* data, int64_t type, int64_t at) {
-  if (type == kF32) return static_cast<const float*>(data)[at];
-  uint16_t halves[kLanes] = {static_cast<const uint16_t*>(data)[at]};
-  return Widen(halves, type, 0)[0];
-}
-
 inline void FloatRow(const Embed& op, const Memory& memory, int64_t id, float* y) {
   const char* row = memory.At<char>(op.table) + id * op.width * (op.type == kF32 ? 4 : 2);
   int64_t i = 0;
   for (; i + kLanes <= op.width; i += kLanes) Store(y + i, Widen(row, op.type, i));
-  for (; i < op.width; ++i) y[i] = Narrow(row, op.type, i);
+  for (; i < op.width; ++i) y[i] = WidenOne(row, op.type, i);
 }
 
 // Codes of a column of a panel, four at a time: see effc/runtime/packed.py.
@@ -31,7 +25,7 @@ inline void CodedRow(const Embed& op, const Memory& memory, int64_t id, float* y
   const char *scales = memory.At<char>(op.scales), *zeros = memory.At<char>(op.zeros);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t place = (panel * groups + g) * 32 + column, stop = std::min(op.width, (g + 1) * op.group);
-    const float scale = Narrow(scales, op.type, place), zero = zeros ? Narrow(zeros, op.type, place) : 0.0f;
+    const float scale = WidenOne(scales, op.type, place), zero = zeros ? WidenOne(zeros, op.type, place) : 0.0f;
     for (int64_t k = g * op.group; k < stop; ++k) {
       const int64_t byte = codes[k / 4 * bytes + k % 4], code = op.bits <= 4 ? byte >> shift & 15 : byte;
       y[k] = (static_cast<float>(code - middle) - zero) * scale;

@@ -55,11 +55,10 @@ def _coded(args: Args, table: Packed) -> Table | None:
 
 
 def _floats(args: Args, table: Any) -> Table | None:
-    aval, array = args.types.get(table), args.outside(table) if isinstance(table, int) else None
-    if aval is None or array is None or len(aval.shape) != 2 or aval.dtype.name not in TYPES:
+    array = args.matrix(table)
+    if array is None:
         return None
-    vocab, width = aval.shape
-    return [args.former.program.input(array), NOWHERE, NOWHERE], (vocab, width), [0, 1, TYPES[aval.dtype.name]]
+    return [args.former.program.input(array), NOWHERE, NOWHERE], array.shape, [0, 1, TYPES[array.dtype.name]]
 
 
 def _first(former: Former, step: Step, args: Args) -> bool:

@@ -42,12 +42,8 @@ inline bool Even(int64_t kind, int64_t width) { return width % (kind == kNibbles
 
 inline float One(const char* row, int64_t kind, int64_t width, int64_t i) {
   switch (kind) {
-    case kWhole: return reinterpret_cast<const float*>(row)[i];
-    case kHalf: {
-      uint16_t halves[kLanes] = {};
-      std::memcpy(halves, row + 2 * i, 2);
-      return Widen(halves, kF16, 0)[0];
-    }
+    case kWhole: return WidenOne(row, kF32, i);
+    case kHalf: return WidenOne(row, kF16, i);
     case kBytes: return static_cast<float>(static_cast<int8_t>(row[i]));
     default: {
       const auto both = static_cast<uint8_t>(row[i % (width / 2)]);

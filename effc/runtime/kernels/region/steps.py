@@ -124,6 +124,13 @@ class Args:
         array = self.outside(number)
         return None if array is None else self.former.program.input(array)
 
+    def matrix(self, number: Any) -> Any:
+        """An array [m,n] of floats, as they lie, that is not the region's; None where it is no such array."""
+        aval = self.types.get(number)
+        if aval is None or len(aval.shape) != 2 or aval.dtype.name not in TYPES:
+            return None
+        return self.outside(number)
+
     def outside(self, number: Any) -> Any:
         """An array that is not the region's; None where it is."""
         atom = self.atoms[number]
@@ -179,14 +186,14 @@ def _coded(former: Former, args: Args, x: Place, w: Any, bias: Place) -> Place |
 
 def _dense(former: Former, args: Args, x: Place, w: Any, bias: Place) -> Place | None:
     """x times floats as they lie, where it has few rows: XLA's products of many are as good."""
-    layout, aval = args.keywords.get("layout", "kn"), args.types.get(w)
-    if aval is None or len(aval.shape) != 2 or aval.dtype.name not in TYPES or x.rows > ROWS:
+    layout, array = args.keywords.get("layout", "kn"), args.matrix(w)
+    if array is None or x.rows > ROWS:
         return None
-    (inner, outer), array = aval.shape if layout == "kn" else aval.shape[::-1], args.outside(w)
-    if outer <= COLUMNS or array is None:
+    inner, outer = array.shape if layout == "kn" else array.shape[::-1]
+    if outer <= COLUMNS:
         return None
     y, table = room(x.rows, outer), former.program.input(array)
-    words = [x, y, table, bias.slot, x.rows, inner, outer, layout == "nk", TYPES[aval.dtype.name]]
+    words = [x, y, table, bias.slot, x.rows, inner, outer, layout == "nk", TYPES[array.dtype.name]]
     former.program.together(ops.PRODUCT, words, [x.slot, table, bias.slot], y.slot)
     return y
 

@@ -169,4 +169,11 @@ inline V Widen(const void* data, int64_t type, int64_t at) {
   return Floats(Bits(full) | ((bits & 0x8000) << 16));
 }
 
+// One number as stored.
+inline float WidenOne(const void* data, int64_t type, int64_t at) {
+  if (type == kF32) return static_cast<const float*>(data)[at];
+  uint16_t halves[kLanes] = {static_cast<const uint16_t*>(data)[at]};
+  return Widen(halves, type, 0)[0];
+}
+
 }  // namespace effc
