@@ -42,8 +42,9 @@ class Draft(Pass):
     layers: int = option(0, "layers of kind=self; 0 is a quarter of them")
     vocab: int = option(8192, "tokens that kind=self and kind=head can draft, those used most; 0 is all")
     prompts: str = option(
-        "", "file of prompts, one a line: kind=self and kind=head learn from the target's answers", file=True
-    )
+        "", "file of prompts, one a line: kind=self and kind=head learn from the target's answers, and are measured on "
+        "the last few", file=True,
+    )  # fmt: skip
     force: bool = option(False, "draft even where it was measured not to pay")
 
     def requires(self, module: Module) -> None:
