@@ -25,10 +25,11 @@ def side(module: Module) -> Side:
 def token_bytes(module: Module) -> int:
     """Bytes of weights read to decode one token of one sequence: tables count for a row."""
     times = runs(module)
-    reads: dict[str, int] = {}
+    reads: dict[tuple[str, str], int] = {}
     for func, op in all_ops(module):
         for role, name in op.params.items():
-            reads[name] = max(reads.get(name, 0), _read(module, op, role, name) * times.get(func.name, 0))
+            here = func.name, name
+            reads[here] = max(reads.get(here, 0), _read(module, op, role, name) * times.get(func.name, 0))
     return sum(reads.values())
 
 

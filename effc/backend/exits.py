@@ -34,16 +34,18 @@ def keywords(func: Func) -> list[str]:
 
 
 def early(writer: Writer, op: Op) -> list[Statement]:
-    """Four local functions, a fifth where the head ends in one product, and the call."""
+    """A local function for each block, one more where the head ends in one product, and the call."""
     writer.plan.used.add("early")
-    blocks = {role: _target(writer, op, role) for role in ("block", "keys", "exit", "head")}
+    blocks = {role: _target(writer, op, role) for role in _TITLES if role in op.attrs}
     order = attribute(op, "order")
     assert isinstance(order, tuple)
     deferred = op.attrs.get("state") == "deferred"
     rest = [syntax.code(writer.value(name)) for name in op.inputs[1:]]
     moving = [writer.value(name) for name in op.inputs[1:] if deferred and by_call(writer.types[name])]
+    at_exit = [writer.names.fresh("at_exit")]
+    given = {"block": [syntax.code(value) for value in moving], "after": at_exit}
     x = writer.value(op.inputs[0])
-    titles = {role: writer.names.fresh(title) for role, title in _TITLES.items()}
+    titles = {role: writer.names.fresh(_TITLES[role]) for role in blocks}
     state, layers = writer.names.fresh("state"), blocks["block"].layer_names()
     functions = [
         _function(
@@ -51,17 +53,20 @@ def early(writer: Writer, op: Op) -> list[Statement]:
             role,
             blocks[role],
             state,
-            rest if role in _RUN else [],
+            [*(at_exit if role == "after" else []), *rest] if role in _RUN else [],
             layers if role in _RUN else {},
-            [syntax.code(value) for value in moving] if role == "block" else [],
+            given.get(role, []),
         )
-        for role in _TITLES
+        for role in blocks
     ]
     times, exits = attribute(op, "times"), attribute(op, "exits")
     assert isinstance(times, int) and isinstance(exits, tuple)
     arrays = [_arrays(writer, blocks["block"], times, order), _arrays(writer, blocks["exit"], len(exits), ())]
-    functions += (best := _best(writer, op, state))
-    stack = call("Stack", [*arrays, *map(syntax.name, [*titles.values(), *(f.name.value for f in best)])])
+    bests = {**_best(writer, op, "head", state), **_best(writer, op, "say", state)}
+    functions += bests.values()
+    more = {role: syntax.name(titles.pop(role)) for role in ("after", "say") if role in titles}
+    more |= {key: syntax.name(function.name.value) for key, function in bests.items()}
+    stack = call("Stack", [*arrays, *map(syntax.name, titles.values())], more)
     told = {"at": literal(exits), **{name: expr(name) for name in ("threshold", "progress", "likeliest")}}
     told |= {n: literal(op.attrs[n]) for n in ("measure", "rows", "decay", "tau") if n in op.attrs}
     if deferred:
@@ -72,8 +77,8 @@ def early(writer: Writer, op: Op) -> list[Statement]:
     return [*functions, syntax.assign([name], stack), syntax.assign(outputs, run)]
 
 
-_TITLES = {"block": "run", "keys": "keep", "exit": "leave", "head": "show"}
-_RUN = ("block", "keys")
+_TITLES = {"block": "run", "keys": "keep", "exit": "leave", "head": "show", "after": "after", "say": "say"}
+_RUN = ("block", "keys", "after")
 
 
 def _target(writer: Writer, op: Op, role: str) -> Block:
@@ -82,15 +87,17 @@ def _target(writer: Writer, op: Op, role: str) -> Block:
     return writer.plan.blocks[target.name]
 
 
-def _best(writer: Writer, op: Op, state: str) -> list[cst.FunctionDef]:
-    """`def best(state):` the likeliest tokens of the head, where it ends in one product."""
-    role = op.attrs["head"]
-    assert isinstance(role, Ref)
-    head = writer.plan.module.funcs[role.name]
+def _best(writer: Writer, op: Op, role: str, state: str) -> dict[str, cst.FunctionDef]:
+    """`def best(state):` the likeliest tokens of the head (of the exits', `tell`), where it ends in one product."""
+    target = op.attrs.get(role)
+    if not isinstance(target, Ref):
+        return {}
+    head = writer.plan.module.funcs[target.name]
     if (found := heads.product(writer.plan.module, head)) is None:
-        return []
+        return {}
     tokens = heads.likeliest(writer.plan, head, state, writer.param(found.linear.params["w"]))
-    return [syntax.function(writer.names.fresh("best"), [state], [syntax.give([tokens])])]
+    key = {"head": "best", "say": "tell"}[role]
+    return {key: syntax.function(writer.names.fresh(key), [state], [syntax.give([tokens])])}
 
 
 def _function(
@@ -99,7 +106,7 @@ def _function(
 ) -> Statement:  # fmt: skip
     """`def run(p, x, step): return layer(p, x, cos, sin, step)`; `moving` of the rest are given with each call."""
     before, after = block.arguments()
-    own = {"exit": ["p", state], "head": [state]}.get(role, ["p", state, "step", *moving])
+    own = {"exit": ["p", state], "head": [state], "say": [state]}.get(role, ["p", state, "step", *moving])
     body = syntax.statements(f"{', '.join(layers.values())} = p") if len(layers) > 1 else []
     if layers:  # what keeps keys may read fewer groups than a layer does: both are called as the layer calls them
         before = [*(layers[group] for group in block.groups), *["params"] * block.shared]

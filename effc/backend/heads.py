@@ -21,7 +21,7 @@ class Product:
 
 def parted(module: Module) -> Module:
     """With each head of an `early` that ends in a product calling a function for what that is of."""
-    roles = [op.attrs.get("head") for _, op in all_ops(module) if op.kind == "early"]
+    roles = [op.attrs.get(role) for _, op in all_ops(module) if op.kind == "early" for role in ("head", "say")]
     for name in dict.fromkeys(role.name for role in roles if isinstance(role, Ref)):
         head = module.funcs.get(name)
         found = product(module, head) if head else None

@@ -16,10 +16,12 @@ def early_faults(module: Module, op: Op, inputs: list[Type]) -> Iterator[str]:
     yield from _numbers(op)
     if not inputs:
         return  # said by the op's row
-    roles = {role: op.attrs.get(role) for role in ("block", "keys", "exit", "head")}
+    roles = {role: op.attrs.get(role) for role in ("block", "keys", "exit", "head", "after", "say")}
     found = {role: module.funcs.get(r.name) for role, r in roles.items() if isinstance(r, Ref)}
     state = inputs[:1]
     wanted = {"block": (inputs, state), "keys": (inputs, None), "exit": (state, state), "head": (state, None)}
+    head = found.get("head")
+    wanted |= {"after": ([*state, *inputs], state), "say": (state, None if head is None else [*head.result_types()])}
     if op.attrs.get("measure") == "classifier":
         score = Type("f32", (*inputs[0].shape[:-1], 1))
         wanted["exit"] = (state, [*state, score])
@@ -27,7 +29,6 @@ def early_faults(module: Module, op: Op, inputs: list[Type]) -> Iterator[str]:
         if func is not None:
             yield from _runs(role, func, *wanted[role])
             yield from _stacks(module, role, func, op)
-    head = found.get("head")
     tokens = Type("i32", inputs[0].shape[:2])
     if head is not None and [value.type for value in op.outputs] != [*head.result_types(), tokens]:
         yield f"defines ({types_text(v.type for v in op.outputs)}), want ({types_text([*head.result_types(), tokens])})"
@@ -44,8 +45,9 @@ def _runs(role: str, func: Func, inputs: list[Type], results: list[Type] | None)
 def _stacks(module: Module, role: str, func: Func, op: Op) -> Iterator[str]:
     """Stacked parameters: one array a layer, or an exit."""
     exits = op.attrs.get("exits")
-    count = attribute(op, "times") if role in ("block", "keys") else len(exits) if isinstance(exits, tuple) else 0
-    order = attribute(op, "order") if role in ("block", "keys") else ()
+    layers = role in ("block", "keys", "after")
+    count = attribute(op, "times") if layers else len(exits) if isinstance(exits, tuple) else 0
+    order = attribute(op, "order") if layers else ()
     if isinstance(order, tuple) and order and len(order) != count:
         yield f"order tells the arrays of {len(order)} layers, want {count}"
         return
@@ -68,8 +70,12 @@ def _numbers(op: Op) -> Iterator[str]:
     places = [place for place in at if isinstance(place, int)]
     if not places or places != sorted(set(places)) or not 1 <= places[0] <= places[-1] < times:
         yield f"exits={places}, want rising numbers of layers from 1 to {times - 1}"
-    if op.attrs.get("state") == "deferred" and len(places) > 1:
-        yield f"state=deferred has exits={places}, want one: tokens wait for all layers after it"
+    state = op.attrs.get("state")
+    if state in ("deferred", "shared") and len(places) > 1:
+        why = "tokens wait for all layers after it" if state == "deferred" else "its state is what they all keep"
+        yield f"state={state} has exits={places}, want one: {why}"
+    if (state == "shared") != ("after" in op.attrs):
+        yield f"state={attribute(op, 'state')}, want `after` with state=shared, and with it alone"
     waiting = attribute(op, "waiting")
     if not isinstance(waiting, int) or waiting < 1:
         yield f"waiting={waiting}, want 1 or more tokens"

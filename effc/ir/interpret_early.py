@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,8 +12,8 @@ from effc.ir.core import Op
 from effc.ir.ops import attribute
 from effc.runtime import exits
 
-Call = Callable[[Sequence[Array], int], Sequence[Sequence[Array]]]
-"""(states x[b,t,d] of every chunk, number of the layer or exit) -> results of each chunk."""
+Call = Callable[[Sequence[Sequence[Array]], int], Sequence[Sequence[Array]]]
+"""(operands of every chunk, states x[b,t,d] first; number of the layer or exit) -> results of each chunk."""
 
 
 class Tokens:
@@ -20,6 +21,7 @@ class Tokens:
 
     def __init__(self, x: Array, deferred: bool = False):
         self.x, self.before, self.deferred = x, x, deferred
+        self.kept: list[Array] = []  # what layers after the exit read beside x, where they share its state
         self.shown: Array | None = None
         self.left = jnp.zeros(x.shape[:2], bool)
         self.layers = jnp.zeros(x.shape[:2], jnp.int32)
@@ -35,19 +37,32 @@ class Tokens:
         self.left = self.left | leaves
 
 
-def leave_early(op: Op, chunks: Sequence[Tokens], block: Call, exit: Call, head: Call) -> None:
+@dataclass(frozen=True)
+class Calls:
+    """What `early` runs, by role; `after` where later layers are other blocks, `say` the head at exits."""
+
+    block: Call
+    exit: Call
+    head: Call
+    say: Call
+    after: Call | None = None
+
+
+def leave_early(op: Op, chunks: Sequence[Tokens], calls: Calls) -> None:
     """Run all layers; each chunk ends with its logits and layer counts."""
     times, at = attribute(op, "times"), attribute(op, "exits")
     assert isinstance(times, int) and isinstance(at, tuple)
     for layer in range(times):
-        for tokens, (x,) in zip(chunks, block([c.x for c in chunks], layer), strict=True):
+        run = calls.block if calls.after is None or layer < at[0] else calls.after
+        for tokens, (x,) in zip(chunks, run([[c.x, *c.kept] for c in chunks], layer), strict=True):
             tokens.step(x, layer)
         if layer + 1 in at:
-            out = exit([c.x for c in chunks], at.index(layer + 1))
-            logits = head([o[0] for o in out], 0)
+            out = calls.exit([[c.x] for c in chunks], at.index(layer + 1))
+            logits = calls.say([[o[0]] for o in out], 0)
             for tokens, (shown,), results in zip(chunks, logits, out, strict=True):
                 tokens.show(shown, _leaves(op, tokens, shown, results))
-    for tokens, (shown,) in zip(chunks, head([c.x for c in chunks], 0), strict=True):
+                tokens.kept = [] if calls.after is None else [tokens.x]
+    for tokens, (shown,) in zip(chunks, calls.head([[c.x] for c in chunks], 0), strict=True):
         tokens.show(shown, tokens.left)
 
 

@@ -252,12 +252,15 @@ _ROWS = [
          "stacked parameters give array start+i to run i, or with an order array order[start+i] "
          "(those that hold one for each number of the order: start+i)"),
     _row("early", "x*", "", "block:ref times:int order:ints=() exits:ints exit:ref head:ref keys:ref "
-         "measure:softmax|softmax_max|state|classifier=softmax threshold:float=1.0 rows:masked|wait=masked "
-         "decay:none|paper|t5x=none tau:float=4.0 state:propagate|deferred=propagate waiting:int=3", _declared, _C,
+         "after:ref=none say:ref=none measure:softmax|softmax_max|state|classifier=softmax threshold:float=1.0 "
+         "rows:masked|wait=masked decay:none|paper|t5x=none tau:float=4.0 "
+         "state:propagate|deferred|shared=propagate waiting:int=3", _declared, _C,
          "repeat(x, ..), from which a token leaves after exits[i] layers where the confidence of exit i reaches the "
-         "threshold (1: never); results are head(exit_i(x)) or head(x), and the layers run, i32[b,t]; skipped layers "
+         "threshold (1: never); results are head(exit_i(x)), or say of it where given, or head(x), and the layers run, "
+         "i32[b,t]; skipped layers "
          "run `keys` on the x that left, which keeps what later tokens see, or, deferred, run with the next token that "
-         "takes them all: at most `waiting` tokens wait"),
+         "takes them all: at most `waiting` tokens wait; shared: layers after the exit are `after`(x, s, ..), whose "
+         "keys and values are of s, the state at the exit, whether a token leaves or not"),
     _row("keep", "x*", "", "cache:float|f16|i8|i4=float", lambda op, i, p: tuple(i), _C,
          "keep rows [b,t,...] of every token as attention keeps k and v, two of them as `cache` says; gives them back"),
     _row("recurse", "x*", "router", "block:ref times:int span:int capacity:any start:int=0 order:ints=() "

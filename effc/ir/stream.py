@@ -20,7 +20,7 @@ from effc.errors import EffcError
 from effc.ir import routed
 from effc.ir.core import Attr, Func, Module, Op, Param, Ref
 from effc.ir.interpret import Context, Weight, apply, evaluate_func
-from effc.ir.interpret_early import Tokens, leave_early
+from effc.ir.interpret_early import Calls, Tokens, leave_early
 from effc.ir.ops import Along, array_index, attribute, spec_of
 from effc.ir.rewrite import inline_calls
 from effc.ir.types import Quant, evaluate
@@ -252,16 +252,19 @@ def _early(module: Module, store: Mapping[str, Reads], op: Op, states: Sequence[
     tokens = [Tokens(state.values[op.inputs[0]], op.attrs.get("state") == "deferred") for state in states]
     rest = [[state.values[name] for name in op.inputs[1:]] for state in states]
 
-    def call(name: str) -> Callable[[Sequence[Array], int], list[Sequence[Array]]]:
+    def call(name: str) -> Callable[[Sequence[Sequence[Array]], int], list[Sequence[Array]]]:
         target = op.attrs[name]
         assert isinstance(target, Ref)
         func = module.funcs[target.name]
-        order = attribute(op, "order") if name == "block" else ()
+        layers = name in ("block", "after")
+        order = attribute(op, "order") if layers else ()
         once = _block(module, store, replace(func, ops=inline_calls(module, func).ops), order, None)
-        more = rest if name == "block" else [[] for _ in states]
-        return lambda xs, i: [list(r) for r in once(states, [[x, *others] for x, others in zip(xs, more)], i)]
+        more = rest if layers else [[] for _ in states]
+        return lambda xs, i: [list(r) for r in once(states, [[*x, *others] for x, others in zip(xs, more)], i)]
 
-    leave_early(op, tokens, call("block"), call("exit"), call("head"))
+    head, after = call("head"), call("after") if "after" in op.attrs else None
+    say = call("say") if "say" in op.attrs else head
+    leave_early(op, tokens, Calls(call("block"), call("exit"), head, say, after))
     for state, mine in zip(states, tokens, strict=True):
         assert mine.shown is not None
         state.values.update(zip((value.name for value in op.outputs), (mine.shown, mine.layers), strict=True))

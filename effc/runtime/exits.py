@@ -1,15 +1,17 @@
 """Leaving a stack of layers early: when a token is sure enough, and what the layers it skips still keep.
 
-A token that leaves keeps its state x through the layers it skips; each of these still makes keys and values of
-x, so that later tokens find them (state propagation). Or, deferred, it runs them later, beside a token that does not
-leave: what later tokens find is then the full model's. With a cache and one token a sequence, layers that no row
-needs do not run. Otherwise all layers run and rows that have left are masked: the same numbers, nothing saved.
+A token that leaves keeps its state x through the layers it skips; each of these still makes keys and values of x, so
+that later tokens find them (state propagation). Or, deferred, it runs them later, beside a token that does not leave:
+what later tokens find is then the full model's. Or, shared, layers after the exit make keys and values of the state
+there in any case: what later tokens find is the same whether a token left or not. With a cache and one token a
+sequence, layers that no row needs do not run. Otherwise all layers run and rows that have left are masked: the same
+numbers, nothing saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -46,6 +48,11 @@ class Stack:
     leave: Callable[[Any, jax.Array], Any]
     head: Callable[[jax.Array], jax.Array]
     best: Callable[[jax.Array], Top] | None = None
+    after: Callable[..., jax.Array] | None = None
+    """Shared: after(p,x,step,s), a layer after the exit, where the state was s."""
+    say: Callable[[jax.Array], jax.Array] | None = None
+    """The head at exits, where it is not `head`; `tell` is to it what `best` is to that."""
+    tell: Callable[[jax.Array], Top] | None = None
 
     def top(self, x: jax.Array) -> Top:
         """The likeliest tokens of head(x), and how likely, each [b,t]."""
@@ -53,6 +60,10 @@ class Stack:
             return self.best(x)
         logits = self.head(x)
         return of_logits(logits.reshape(-1, logits.shape[-1])).reshape(logits.shape[:-1])
+
+    def at_exit(self) -> Stack:
+        """With the head that exits have."""
+        return self if self.say is None else replace(self, head=self.say, best=self.tell)
 
 
 @dataclass(frozen=True)
@@ -122,8 +133,9 @@ def _segment(stack: Stack, rule: Rule, i: int, state: State, step: Step, *, alon
     x, shown, left, layers = state
     start, stop = _bounds(stack, rule, i)
     before, goes_on = x, alone or rule.waiting > 0
+    run, rest = (stack.run, rule.rest) if stack.after is None or not i else (stack.after, (x,))
     for p in stack.layers[start:stop]:
-        before, x = x, _kept(left, x, stack.run(p, x, step, *rule.rest), goes_on)
+        before, x = x, _kept(left, x, run(p, x, step, *rest), goes_on)
     layers = _kept(left, layers, jnp.full_like(layers, stop), alone)
     if i == len(rule.at):
         return x, _kept(left, shown, _final(stack, rule, x), alone), left, layers
@@ -149,6 +161,7 @@ def _seen(stack: Stack, rule: Rule, i: int, x: jax.Array, before: jax.Array) -> 
         return out, jax.nn.sigmoid(score[..., 0].astype(jnp.float32))
     if rule.measure == "state":
         return out, similarity(x, before)
+    stack = stack.at_exit()
     if rule.likeliest:
         top = stack.top(out)
         return top.token, top.margin() if rule.measure == "softmax" else top.likeliest()

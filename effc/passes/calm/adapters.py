@@ -5,17 +5,23 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
+from effc.backend.heads import product
 from effc.ir.core import Attr, Func, Module, Op, Param, Value
 from effc.ir.types import NUMPY, Type
+from effc.passes.base import PassError
 from effc.passes.calm.shape import Shape
-from effc.weights import Arrays, Lazy
+from effc.weights import Arrays, Lazy, Store
 
 GROUP = "exits"
 """Names of the parameters begin so."""
+
+HEAD = "exits_head"
+"""The exits' own copy of the head's matrix."""
 
 SCORE = "exit_score"
 """The classifier, one for all exits."""
@@ -105,13 +111,27 @@ class _Ops:
 _BEGUN = {"norm": "ones", "gate": "random", "up": "random", "down": "zeros"}
 """What arrays begin as: the whole adapter begins as nothing added."""
 
+COPY = "copy of "
 
-def made(before: Module, after: Module) -> list[Lazy]:
+
+def own_head(head: Func, module: Module) -> tuple[Param, Func]:
+    """A copy of the head whose matrix is a parameter of its own, and that; PassError where it ends in no product."""
+    if (found := product(module, head)) is None:
+        raise PassError(f"calm: head=own, want a head that ends in a matrix, and @{head.name} does not")
+    old = module.params[found.linear.params["w"]]
+    param = Param(_prefix(HEAD, module), old.type, 0, f"{COPY}{old.name}")
+    ops = [replace(op, params={"w": param.name}) if op is found.linear else op for op in head.ops]
+    return param, replace(head, name=_prefix(f"exit.{head.name}", module), ops=tuple(ops))
+
+
+def made(before: Module, after: Module, store: Store) -> list[Lazy]:
     """Arrays of the parameters that were added."""
-    return [Lazy(param, _reader(param)) for name, param in after.params.items() if name not in before.params]
+    return [Lazy(param, _reader(param, store)) for name, param in after.params.items() if name not in before.params]
 
 
-def _reader(param: Param) -> Callable[[int], Arrays]:
+def _reader(param: Param, store: Store) -> Callable[[int], Arrays]:
+    if param.path.startswith(COPY):
+        return store[param.path.removeprefix(COPY)].read
     shape = tuple(int(str(size)) for size in param.type.shape)
     dtype = np.dtype(NUMPY[str(param.type.dtype)])
 

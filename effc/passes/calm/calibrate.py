@@ -18,7 +18,8 @@ from effc.ir.core import Decode, Module, Op
 from effc.ir.rewrite import replace_ops
 from effc.passes.base import Notes
 from effc.passes.calm.side import TOGETHER, agreement, together
-from effc.passes.calm.train import early_name, part
+from effc.passes.calm.texts import part
+from effc.passes.calm.train import early_name
 from effc.runtime.engine import Engine
 from effc.runtime.generate import generate
 from effc.runtime.leaving import Left

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from effc.backend.plan import by_call, by_token
-from effc.ir.core import Decode, Func, Module, Op, Ref, Value
+from effc.ir.core import Attr, Decode, Func, Module, Op, Ref, Value
 from effc.ir.rewrite import names_of, prune
 from effc.ir.types import Type
 from effc.passes.base import Exactness, Notes, Pass, PassError, Phase, option
 from effc.passes.calm import adapters
 from effc.passes.calm.shape import Shape, find
+from effc.passes.calm.sharing import Sharing, fitted, parted, shared
+from effc.passes.calm.texts import part
 from effc.weights import Lazy, Store
 
 if TYPE_CHECKING:
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 
 TRAINING_MINUTES = 6.0
 """Unless --heal says otherwise."""
+
+FIT_ROWS, FIT_LENGTH, FIT_BATCHES = 8, 128, 32
+"""Text that matrices are fitted to in closed form: 32 thousand tokens."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,14 @@ class Calm(Pass):
         "softmax", "confidence: top-1 less top-2, top-1, likeness of states, or a trained classifier"
     )
     adapter: Literal["mlp", "linear", "none"] = option("mlp", "what is trained in front of the head at each exit")
+    head: Literal["model", "own"] = option(
+        "model", "exits are read by the model's head, or by a copy of it that learns with them"
+    )
     finetune: bool = option(False, "train the layers too, for exits and last layer together")
-    state: Literal["propagate", "deferred"] = option(
-        "propagate", "skipped layers keep what the exit's state gives them, or run later beside a token that takes all"
+    state: Literal["propagate", "deferred", "shared"] = option(
+        "propagate",
+        "skipped layers keep what the exit's state gives them, or run later beside a token that takes all, "
+        "or all tokens keep what the exit's state gives (with finetune)",
     )
     waiting: int = option(3, "state=deferred: tokens that may wait for that")
     rows: Literal["masked", "wait"] = option("masked", "in a batch each row leaves by itself, or all wait for all")
@@ -64,25 +75,58 @@ class Calm(Pass):
         shape = find(module)
         exits_of(self, shape.layers, shape.order)
         _check_state(self, shape)
+        _check_head(self, shape, module)
         _check_texts(self, module)
 
     def run(self, module: Module, notes: Notes) -> Module:
         shape = find(module)
         at = exits_of(self, shape.layers, shape.order)
         params, exit = adapters.block(self, shape, len(at), module)
-        early = _early(self, shape, at, exit, _free("early", module))
-        func = shape.keys
+        roles = {"exit": exit, "head": shape.head, "keys": shape.keys}
+        if self.head == "own":
+            param, roles["say"] = adapters.own_head(shape.head, module)
+            params = [*params, param]
+        funcs = dict(module.funcs)
+        if sharing := self._sharing(shape, module):
+            roles["after"] = sharing.after
+            forward = parted(shape, at[0], sharing.after.name)
+            funcs[forward.name] = forward
+        early = _early(self, shape, at, roles, _free("early", module))
+        funcs |= {func.name: func for func in (*roles.values(), early)}
         assert module.decode is not None
         decode = Decode("early", {**module.decode.attrs, "early": Ref(early.name), "layers": shape.layers})
-        funcs = {**module.funcs, func.name: func, shape.head.name: shape.head, exit.name: exit, early.name: early}
         notes.chose(f"exits after layers {', '.join(map(str, at))} of {shape.layers}, confidence by {self.measure}")
         notes.chose(
-            f"{sum(1 for _ in params)} parameters of exits; skipped layers run @{func.name}, {len(func.ops)} ops"
+            f"{len(params)} parameters of exits; skipped layers run @{shape.keys.name}, {len(shape.keys.ops)} ops"
         )
         return replace(module.with_params(*params), funcs=funcs, decode=decode)
 
     def made(self, before: Module, after: Module, store: Store) -> list[Lazy]:
-        return adapters.made(before, after)
+        return adapters.made(before, after, store)
+
+    def arrays(self, before: Module, after: Module, store: Store, context: Context, notes: Notes) -> Store:
+        """Where keys are shared, the matrices that make them are fitted to what the layers kept before."""
+        shape = find(before)
+        sharing, store = self._sharing(shape, before), self.weights(before, after, store)
+        if sharing is None:
+            return store
+        at = exits_of(self, shape.layers, shape.order)[0]
+        texts = replace(context, calib=part(context.calib, learnt=True)).batches(FIT_ROWS, FIT_LENGTH)
+        tokens = [texts(step, None)["tokens"][:, :-1] for step in range(FIT_BATCHES)]
+        lazies, left = fitted(sharing, shape, at, before, store, tokens)
+        notes.chose(
+            f"{len(lazies)} matrices of layers {at} to {shape.layers - 1} begin as keys and values of the state at the "
+            f"exit: {left:.0%} of their squares is not told by it"
+        )
+        return store.replace(lazies, after)
+
+    def reads_text(self) -> bool:
+        return self.state == "shared"
+
+    def _sharing(self, shape: Shape, module: Module) -> Sharing | None:
+        if self.state != "shared":
+            return None
+        return shared(shape.block, shape.keys, _free(f"{shape.block.name}.after", module))
 
     def training_minutes(self) -> float:
         return (
@@ -117,8 +161,8 @@ def exits_of(made_by: Calm, layers: int, order: tuple[int, ...] = ()) -> tuple[i
         raise PassError("calm: first and every want 0 or more, min_exit 1 or more")
     ends = tuple(place for place in range(made_by.min_exit, len(order)) if order[place] < order[place - 1])
     if ends and not (made_by.first or made_by.every):
-        return ends[:1] if made_by.state == "deferred" else ends
-    if made_by.state == "deferred" and not made_by.every:
+        return ends if made_by.state == "propagate" else ends[:1]
+    if made_by.state != "propagate" and not made_by.every:
         every = layers
     at = tuple(place for place in range(first, layers, every) if place >= made_by.min_exit)
     if not at:
@@ -132,14 +176,33 @@ def _check_state(made_by: Calm, shape: Shape) -> None:
     """PassError where tokens cannot wait: they take along what layers read of them, token by token."""
     if made_by.waiting < 1:
         raise PassError(f"calm: waiting is {made_by.waiting}, want 1 or more tokens")
-    if made_by.state != "deferred":
+    if made_by.state == "propagate":
         return
     if len(exits_of(made_by, shape.layers, shape.order)) > 1:
-        raise PassError("calm: state=deferred, want one exit: tokens wait for all layers after it")
+        why = "tokens wait for all layers after it" if made_by.state == "deferred" else "its state is what layers keep"
+        raise PassError(f"calm: state={made_by.state}, want one exit: {why}")
+    if made_by.state == "shared":
+        _check_shared(made_by, shape)
+        return
     types = shape.forward.types()
     other = next((n for n in shape.repeat.inputs if by_call(types[n]) and not by_token(types[n])), None)
     if other:
         raise PassError(f"calm: layers read %{other}, {types[other]}, want [b,t,...] of them with state=deferred")
+
+
+def _check_head(made_by: Calm, shape: Shape, module: Module) -> None:
+    if made_by.head == "model":
+        return
+    if made_by.measure not in ("softmax", "softmax_max"):
+        raise PassError(f"calm: head=own with measure={made_by.measure}, want softmax or softmax_max: by that head")
+    adapters.own_head(shape.head, module)
+
+
+def _check_shared(made_by: Calm, shape: Shape) -> None:
+    if not made_by.finetune:
+        raise PassError("calm: state=shared changes what layers read, want finetune=true: they learn to")
+    if shape.order:
+        raise PassError("calm: state=shared, want arrays of each layer's own: these run at several depths")
 
 
 def _check_texts(made_by: Calm, module: Module) -> None:
@@ -151,18 +214,18 @@ def _check_texts(made_by: Calm, module: Module) -> None:
         raise PassError(f"calm: prompt and tokens are {length} together, want at most the context of {context}")
 
 
-def _early(made_by: Calm, shape: Shape, at: tuple[int, ...], exit: Func, name: str) -> Func:
+def _early(made_by: Calm, shape: Shape, at: tuple[int, ...], roles: Mapping[str, Func], name: str) -> Func:
     """The forward function with a stack that tokens leave, and how many layers each ran."""
     (logits,) = shape.head.results
     types = shape.head.types()
     tokens = Value(names_of(shape.forward).fresh("layers"), Type("i32", shape.state.shape[:2]))
-    told = {"measure": made_by.measure, "rows": made_by.rows}
+    told: dict[str, Attr | Ref] = {"measure": made_by.measure, "rows": made_by.rows}
     told |= {"decay": made_by.decay, "tau": made_by.tau} if made_by.decay != "none" else {}
-    told |= {"state": made_by.state, "waiting": made_by.waiting} if made_by.state == "deferred" else {}
-    attrs = {
+    told |= {"state": made_by.state} if made_by.state != "propagate" else {}
+    told |= {"waiting": made_by.waiting} if made_by.state == "deferred" else {}
+    attrs: dict[str, Attr | Ref] = {
         "block": shape.repeat.attrs["block"], "times": shape.layers, **({"order": shape.order} if shape.order else {}),
-        "exits": at, "exit": Ref(exit.name),
-        "head": Ref(shape.head.name), "keys": Ref(shape.keys.name), **told, "threshold": 1.0,
+        "exits": at, **{role: Ref(func.name) for role, func in roles.items()}, **told, "threshold": 1.0,
     }  # fmt: skip
     op = Op("early", shape.repeat.inputs, (Value(logits, types[logits]), tokens), {}, attrs, {}, shape.repeat.loc)
     return prune(Func(name, shape.forward.inputs, (*shape.before, op), (logits, tokens.name)))

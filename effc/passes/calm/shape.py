@@ -20,11 +20,13 @@ STATEFUL = frozenset({"window", "running", "recur"})
 
 @dataclass(frozen=True)
 class Shape:
-    """The stack `repeat` of the forward function, what comes before it, and the tail that makes logits of it."""
+    """The stack `repeat` of the forward function and its block, what comes before it, the tail that makes logits of
+    it, and the ops of the block that skipped layers still run."""
 
     forward: Func
     repeat: Op
     before: tuple[Op, ...]
+    block: Func
     head: Func
     keys: Func
 
@@ -60,7 +62,7 @@ def find(module: Module) -> Shape:
     block = _block(module, repeat)
     head = _head(forward, repeat, forward.ops[at + 1 :], module)
     keys = keys_of(block, _free(f"{block.name}.keys", module.funcs))
-    return Shape(forward, repeat, forward.ops[:at], head, keys)
+    return Shape(forward, repeat, forward.ops[:at], block, head, keys)
 
 
 def _stack(module: Module, forward: Func) -> tuple[int, Op]:

@@ -16,6 +16,7 @@ from effc.ir.ops import attribute
 from effc.ir.rewrite import names_of, prune
 from effc.ir.types import Type
 from effc.passes.calm.adapters import GROUP, SCORE
+from effc.passes.calm.texts import part
 from effc.runtime.train import Plan, Tick, chosen, forward_kl, mean
 from effc.runtime.train.data import mixed
 from effc.runtime.train.plan import Batches
@@ -23,7 +24,7 @@ from effc.weights import Store
 
 if TYPE_CHECKING:
     from effc.passes.calm.calm import Calm
-    from effc.passes.context import Context
+    from effc.passes.context import Context, Model
 
 ROWS, LENGTH = 8, 128
 """Sequences of a step, and tokens of each."""
@@ -38,16 +39,13 @@ what they said of any text."""
 LOOKED_AT = 8
 """Windows of the evaluation text on which the agreement of exits is told."""
 
-TRAINED_ON = 0.6
-"""Share of --calib that exits learn from; thresholds are calibrated on the rest, which they have not seen."""
-
 
 def train(made_by: Calm, module: Module, store: Store, context: Context) -> Store:
     """Arrays of the exits, and of the layers where they are tuned; how good the exits became is in the report."""
     context = replace(context, calib=part(context.calib, learnt=True))
     wide, count = with_exits(module)
     model = context.model(wide, store)
-    look = _looks(model.program.extend, context, count)
+    look = _looks(model.program.extend, context, count, context.teacher if made_by.finetune else None)
     tree: dict[str, Any] = {"student": model.params}
     trainable: dict[str, Any] = {"student": _mask(made_by, model.program.params, module)}
     loss = _loss(model.program.extend, count)
@@ -72,15 +70,9 @@ def _lessons(made_by: Calm, context: Context) -> Batches:
 def _tag(made_by: Calm, count: int) -> str:
     """What training depends on: a new calibration of the same exits goes on from them."""
     places = (made_by.first, made_by.every, made_by.min_exit, count)
-    return f"{places} {made_by.adapter} {made_by.measure == 'classifier'} {made_by.finetune} {made_by.prompt}"
-
-
-def part(text: str | None, *, learnt: bool) -> str | None:
-    """The part of a text that exits learn from, or the rest."""
-    if text is None:
-        return None
-    cut = int(len(text) * TRAINED_ON)
-    return text[:cut] if learnt else text[cut:]
+    more = [name for name in (made_by.state, made_by.head) if name in ("shared", "own")]
+    told = (places, made_by.adapter, made_by.measure == "classifier", made_by.finetune, made_by.prompt, *more)
+    return " ".join(map(str, told))
 
 
 def with_exits(module: Module) -> tuple[Module, int]:
@@ -113,7 +105,12 @@ class _Spread:
         states = self.pieces([0, *self.places, times])
         self.funcs = self._exit(module)
         outs = [self.run("repeat", x, "block", "exit.state", times=1, start=i) for i, x in enumerate(states[:-1])]
-        self.results = [self.run("call", x, "func", self.ref("head"), type=self.logits) for x in [states[-1], *outs]]
+        say = self.ref("say" if "say" in self.op.attrs else "head")
+        heads = [self.ref("head"), *[say] * len(outs)]
+        self.results = [
+            self.run("call", x, "func", head, type=self.logits)
+            for x, head in zip([states[-1], *outs], heads, strict=True)
+        ]
         if "exit.score" in self.funcs:
             score = self.funcs["exit.score"].result_types()[0]
             self.results += [self.run("call", x, "func", "exit.score", type=score) for x in states[:-1]]
@@ -137,7 +134,9 @@ class _Spread:
         for start, stop in pairwise(cuts):
             told: dict[str, Any] = {"times": stop - start, "start": start}
             told |= {"order": self.op.attrs["order"]} if "order" in self.op.attrs else {}
-            states.append(self.run("repeat", states[-1], "block", self.ref("block"), *rest, **told))
+            x, after = states[-1], bool(start) and "after" in self.op.attrs
+            block, more = (self.ref("after"), (x, *rest)) if after else (self.ref("block"), rest)
+            states.append(self.run("repeat", x, "block", block, *more, **told))
         return states[1:]
 
     def run(self, kind: str, x: str, role: str, name: str, *rest: str, type: Type | None = None, **attrs: int) -> str:
@@ -202,16 +201,22 @@ def _unsure(score: jax.Array, right: jax.Array) -> jax.Array:
     return jax.nn.softplus(score) - score * jax.lax.stop_gradient(right).astype(jnp.float32)
 
 
-def _looks(extend: Extend, context: Context, count: int) -> Callable[[Any], Mapping[str, float]]:
-    """For `fit`: how often each exit's likeliest token is the last layer's, on the evaluation text."""
+def _looks(extend: Extend, context: Context, count: int, teacher: Model | None) -> Callable[[Any], Mapping[str, float]]:
+    """For `fit`: how often each exit's likeliest token is the last layer's, on the evaluation text; where layers
+    learn too, KL of the last to the input model's, nats a token."""
     tokens = jnp.asarray(np.concatenate([chunk[:, :LENGTH] for chunk in context.heldout.chunks[:LOOKED_AT]]))
 
     @jax.jit
-    def agreement(params: Any) -> list[jax.Array]:
+    def told(params: Any, before: Any) -> dict[str, jax.Array]:
         full, *others, _ = extend(params, tokens)
-        return [jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(full, -1)) for logits in others[:count]]
+        likeliest = jnp.argmax(full, -1)
+        found = {f"agreement{i + 1}": jnp.mean(jnp.argmax(x, -1) == likeliest) for i, x in enumerate(others[:count])}
+        if teacher is None:
+            return found
+        return found | {"last_kl": mean(forward_kl(teacher.program.forward(before, tokens), full))}
 
     def call(params: Any) -> Mapping[str, float]:
-        return {f"agreement{i + 1}": float(value) for i, value in enumerate(agreement(params))}
+        found = told(params, None if teacher is None else teacher.params)
+        return {name: float(value) for name, value in found.items()}
 
     return call

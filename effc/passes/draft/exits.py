@@ -27,7 +27,8 @@ def attached(module: Module, gamma: int, notes: Notes) -> Module:
 
 def _always(op: Op) -> list[Op] | None:
     """Every token leaves at the first exit; verification makes up for what it left out."""
-    attrs = {name: value for name, value in op.attrs.items() if name not in ("state", "waiting")}
+    waits = ("state", "waiting") if op.attrs.get("state") == "deferred" else ()
+    attrs = {name: value for name, value in op.attrs.items() if name not in waits}
     return [replace(op, attrs={**attrs, "threshold": 0.0})] if op.kind == "early" else None
 
 
