@@ -43,8 +43,8 @@ LOOKED_AT = 4096
 BESIDE, BESIDE_ROWS = 8, 32
 """Samples of its own, so many times so many, that a model reads beside --calib: 64 k tokens in windows of 256."""
 
-CONTINUED, CONTINUED_ROWS = 64, 64
-"""Texts that a model says greedily, likewise: half a million tokens in windows of 128."""
+CONTINUED, CONTINUED_ROWS = 128, 64
+"""Texts that a model says greedily, likewise: a million tokens in windows of 128, made as training comes to them."""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class Calm(Pass):
         "model", "exits are read by the model's head, or by a copy of it that learns with them"
     )
     finetune: bool = option(False, "train the layers too, for exits and last layer together")
+    lr: float = option(0.0, "learning rate; 0 is 0.002 for exits alone, 0.0005 where the layers learn too")
     state: Literal["propagate", "deferred", "shared"] = option(
         "propagate",
         "skipped layers keep what the exit's state gives them, or run later beside a token that takes all, "
@@ -69,6 +70,8 @@ class Calm(Pass):
             object.__setattr__(self, "exactness", Exactness.LOSSY)
 
     def requires(self, module: Module) -> None:
+        if not 0 <= self.lr < 1:
+            raise PassError(f"calm: lr is {self.lr:g}, want 0 (as usual) or more, less than 1")
         if module.decode is None or module.decode.strategy != "greedy":
             told = module.decode.strategy if module.decode else "nothing"
             raise PassError(f"calm: the module decodes by {told}, want greedy: calm comes first")

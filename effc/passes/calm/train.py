@@ -32,7 +32,7 @@ ROWS, LENGTH = 8, 128
 RATE, TUNING_RATE = 2e-3, 5e-4
 """Learning rates of exits alone, and where the layers learn too."""
 
-BESIDE = 0.25
+BESIDE = 0.4
 """Share of sequences of a step that are windows of --calib (or samples) where the layers learn: they go on saying
 what they said of any text."""
 
@@ -53,7 +53,8 @@ def train(made_by: Calm, module: Module, store: Store, context: Context) -> Stor
         teacher = context.teacher
         loss = _loss(model.program.extend, count, teacher.program.forward)
         tree["teacher"], trainable["teacher"] = teacher.params, False
-    plan = Plan(context.budget, lr=TUNING_RATE if made_by.finetune else RATE, seed=context.seed)
+    rate = made_by.lr or (TUNING_RATE if made_by.finetune else RATE)
+    plan = Plan(context.budget, lr=rate, seed=context.seed)
     fitted = context.fit(
         loss, tree, _lessons(made_by, context), plan, trainable=trainable,
         evaluate=lambda tree: look(tree["student"]), tag=_tag(made_by, count), title="calm: exits",
