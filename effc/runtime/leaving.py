@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from effc.errors import EffcError
-from effc.runtime.cache import Cache
+from effc.runtime.cache import Cache, Entry
 from effc.runtime.program import Program
 
 State = dict[str, Any]
@@ -32,6 +32,10 @@ class Exits:
     threshold: float = 1.0
     tokens: int = 0
     most: int = 0
+    beside: dict[int, tuple[Entry, ...]] = field(
+        default_factory=dict[int, tuple[Entry, ...]], repr=False, compare=False
+    )
+    """By sequences, what `with_waiting` has found out: to trace the program takes longer than a short text."""
 
     def begin(self, params: Any, state: State, new: int, asked: float | None, certified: bool) -> State:
         """The state with what exits need, or as it is where the full model is to run all the time.
@@ -56,10 +60,13 @@ class Exits:
 
     def with_waiting(self, params: Any, cache: Cache) -> Cache:
         """The cache with what the exits' own function keeps beside it: tokens that have yet to run layers."""
-        tokens = jax.ShapeDtypeStruct((cache.lengths.shape[0], 1), jnp.int32)
-        shapes = jax.eval_shape(lambda p, x, c: self.entry(p, x, c)[2], params, tokens, cache)
-        more = shapes.entries[len(cache.entries) :]
-        return Cache(cache.lengths, (*cache.entries, *(entry.empty(cache.capacity) for entry in more)))
+        rows = cache.lengths.shape[0]
+        if rows not in self.beside:
+            tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+            shapes = jax.eval_shape(lambda p, x, c: self.entry(p, x, c)[2], params, tokens, cache)
+            self.beside[rows] = shapes.entries[len(cache.entries) :]
+        more = [entry.empty(cache.capacity) for entry in self.beside[rows]]
+        return Cache(cache.lengths, (*cache.entries, *more))
 
     def advance(self, params: Any, state: State, *, likeliest: bool = False) -> tuple[jax.Array, State]:
         """Logits [b,1,V], or their likeliest token [b,1], after the token chosen last; the state has the layers each

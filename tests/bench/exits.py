@@ -20,6 +20,7 @@ from effc.calibration.consistency import LIKENESS, textual
 from effc.errors import EffcError
 from effc.generator import Generator
 from effc.opened import open_model
+from effc.passes.calm.calibrate import BATCH
 from effc.passes.calm.side import TOGETHER, altered
 from effc.passes.context import Model
 from effc.runtime.engine import Engine
@@ -39,8 +40,8 @@ def windows(ids: Sequence[int], head: Sequence[int], count: int, length: int) ->
 def said(engine: Engine, prompts: Sequence[list[int]], tokens: int, threshold: float) -> tuple[list[list[int]], Left]:
     """What follows each prompt, and the layers that took."""
     out, counts = list[list[int]](), Counter[int]()
-    for start in range(0, len(prompts), 50):
-        result = generate(engine, prompts[start : start + 50], max_new_tokens=tokens, exits=threshold)
+    for start in range(0, len(prompts), BATCH):
+        result = generate(engine, prompts[start : start + BATCH], max_new_tokens=tokens, exits=threshold)
         out += result.tokens
         counts.update(result.stats.exits.by_layers if result.stats.exits else {})
     return out, Left(counts)
