@@ -135,6 +135,7 @@ def stats(result: Result) -> str:
     """A line, and one more of drafts or answers."""
     s = result.stats
     left = f"; {s.exits.average:.2f} layers a token, by layers {dict(s.exits.by_layers)}" if s.exits else ""
+    left += f"; all layers ran: {s.full}" if s.full else ""
     return (
         f"prompt {s.prompt_tokens} tokens, {s.prefill_rate:.1f} tokens/s; "
         f"new {s.new_tokens} tokens, {s.decode_rate:.1f} tokens/s; compiled in {s.compile_seconds:.1f} s{left}"

@@ -111,6 +111,7 @@ class Stats:
     decoded: int = 0  # tokens that decode_seconds covers: the first of each row comes from prefill
     draft: Drafted | None = None  # where the program has a drafter
     exits: Left | None = None  # where tokens left early
+    full: str = ""  # why all layers ran, of a program with exits
     levels: tuple[float, ...] | None = None  # how often drafts of each level were right
     answers: Answered | None = None  # where a small model answered first
 
@@ -312,6 +313,8 @@ class _Run:
     def account(self) -> None:
         """What drafts and exits came to, for the stats."""
         self.result.stats.exits = told(self.state)
+        if self.engine.exits:
+            self.result.stats.full = self.engine.exits.idle(len(self.lengths), self.how.exits, self.how.plain)
         tally = self.state.get("tally")
         if tally is not None and self.engine.speculation:
             widths = self.engine.speculation.widths.at(len(self.lengths))

@@ -58,6 +58,17 @@ class Exits:
         own = jax.tree.map(jnp.copy, own)  # no array twice: they are donated
         return {**state, "cache": self.with_waiting(params, state["cache"]), "exits": own}
 
+    def idle(self, rows: int, asked: float | None, certified: bool) -> str:
+        """Why all layers run for texts that were not told otherwise; "" where tokens leave."""
+        if asked is not None:
+            return ""
+        if self.threshold >= 1:
+            return "no threshold is certified that is faster"
+        if not certified:
+            return "the threshold is certified for the likeliest tokens, not for these"
+        many = bool(self.most) and rows > self.most
+        return f"exits are for {self.most} text at a time, more are slower by them" if many else ""
+
     def with_waiting(self, params: Any, cache: Cache) -> Cache:
         """The cache with what the exits' own function keeps beside it: tokens that have yet to run layers."""
         rows = cache.lengths.shape[0]

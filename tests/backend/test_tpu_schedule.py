@@ -103,6 +103,8 @@ def test_an_estimate_is_fill_steps_and_what_is_around() -> None:
 def test_a_target_of_no_known_generation() -> None:
     with pytest.raises(EffcError, match=r"--target v5f:2x2: no such TPU, want one like .*; did you mean 'v5"):
         generation("v5f:2x2")
+    with pytest.raises(EffcError, match=r"want one like .*v5e:2x2[^;]*$"):
+        generation("v5e")
 
 
 TINY = Path(__file__).parent.parent / "runtime" / "tiny.effc"

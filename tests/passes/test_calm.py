@@ -27,6 +27,7 @@ from effc.passes.context import Context, Model
 from effc.passes.runner import step
 from effc.runtime.engine import Engine
 from effc.runtime.generate import generate
+from effc.runtime.sampling import Sampling
 from effc.runtime.train import forward_kl
 from effc.runtime.train.budget import Budget
 from effc.weights import Store
@@ -166,7 +167,7 @@ def test_generation_counts_layers_and_the_full_model_is_untouched(made: Make, ra
     prompts = [row.tolist() for row in TOKENS]
     wanted = generate(Engine(plain.program, plain.params), prompts, max_new_tokens=8)
     full = generate(engine, prompts, max_new_tokens=8)  # nothing is certified yet: all layers run
-    assert full.tokens == wanted.tokens and full.stats.exits is None
+    assert full.tokens == wanted.tokens and full.stats.exits is None and "no threshold" in full.stats.full
     early = generate(engine, prompts, max_new_tokens=8, exits=0.0)
     assert early.stats.exits is not None and early.stats.exits.by_layers == {2: 14}
     assert early.stats.exits.average == 2 and early.tokens != full.tokens
@@ -182,7 +183,9 @@ def test_generation_counts_layers_and_the_full_model_is_untouched(made: Make, ra
     single = Engine(replace(engine.program, decode=decode), engine.params)
     assert [generate(single, [prompt], max_new_tokens=8).tokens[0] for prompt in prompts] == alone
     both = generate(single, prompts, max_new_tokens=8)
-    assert both.tokens == full.tokens and both.stats.exits is None
+    assert both.tokens == full.tokens and both.stats.exits is None and "1 text at a time" in both.stats.full
+    drawn = generate(single, prompts[:1], max_new_tokens=8, sampling=Sampling(temperature=1.0))
+    assert drawn.stats.exits is None and "for the likeliest tokens" in drawn.stats.full
     assert generate(single, prompts, max_new_tokens=8, exits=0.02).tokens == alone
 
 

@@ -14,5 +14,6 @@ def generation(target: str) -> Generation:
     name, _, shape = target.partition(":")
     if name not in GENERATIONS or not shape:
         known = ", ".join(f"{g}:2x2{'x1' * (g in CUBES)}" for g in GENERATIONS)
-        raise EffcError(f"--target {target}: no such TPU, want one like {known}{nearest(name, GENERATIONS)}")
+        hint = nearest(name, GENERATIONS) if name not in GENERATIONS else ""
+        raise EffcError(f"--target {target}: no such TPU, want one like {known}{hint}")
     return GENERATIONS[name]
