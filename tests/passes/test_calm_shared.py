@@ -124,8 +124,10 @@ def test_tokens_that_stay_say_what_they_would_have_said(made):
     module, store = made()
     model = Model.of(module, store)
     engine, call = Engine(model.program, model.params), jax.jit(model.program.entries["early"])
-    for prompt in TOKENS.tolist():
+    together = generate(engine, TOKENS.tolist(), max_new_tokens=9, exits=0.02).tokens
+    for prompt, beside in zip(TOKENS.tolist(), together, strict=True):
         early = generate(engine, [prompt], max_new_tokens=9, exits=0.02)
+        assert early.tokens[0] == beside
         whole = jnp.asarray([prompt + early.tokens[0]])
         logits, layers, _ = call(model.params, whole, threshold=0.02)
         full = model.program.forward(model.params, whole)

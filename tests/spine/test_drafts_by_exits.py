@@ -94,6 +94,15 @@ def test_drafts_by_exits_of_coded_layers(exits_draft: Callable[[str], Engine]) -
     assert result.tokens == generate(machine, PROMPTS, max_new_tokens=20).tokens
 
 
+def test_drafts_by_an_exit_whose_state_is_shared_leave_the_rows_that_verification_writes(
+    exits_draft: Callable[[str], Engine],
+) -> None:
+    machine = exits_draft("draft{gamma=2},calm{first=2,state=shared,finetune=true,head=own}")
+    result = generate(machine, PROMPTS, max_new_tokens=20)
+    assert result.tokens == [whole(machine, prompt, 20) for prompt in PROMPTS]
+    assert result.stats.draft is not None and 0 < result.stats.draft.accepted < result.stats.draft.drafted
+
+
 def test_drafts_defer_no_layers_since_verification_runs_them() -> None:
     text = (PASSES / "tiny.effc").read_text().replace("2 * f32", "6 * f32").replace("times=2", "times=6")
     after = runner.run(parse(text), Pipeline.parse("calm{first=2,state=deferred},draft").ordered())[-1].after
