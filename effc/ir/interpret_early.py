@@ -53,7 +53,7 @@ def leave_early(op: Op, chunks: Sequence[Tokens], calls: Calls) -> None:
     times, at = attribute(op, "times"), attribute(op, "exits")
     assert isinstance(times, int) and isinstance(at, tuple)
     for layer in range(times):
-        run = calls.block if calls.after is None or layer < at[0] else calls.after
+        run = calls.block if calls.after is None or layer < int(str(at[0])) else calls.after
         for tokens, (x,) in zip(chunks, run([[c.x, *c.kept] for c in chunks], layer), strict=True):
             tokens.step(x, layer)
         if layer + 1 in at:

@@ -168,7 +168,9 @@ def fitted(
     module = replace(before, funcs=funcs, decode=Decode("greedy", {"forward": Ref(forward.name)}))
     watched = _Watched(sharing)
     names = {name for twin in twins for name in (twin.reads, twin.op.out.name)}
-    look(module, store, tokens, Watch({sharing.both.name: sorted(names)}, watched.see))
+    look(
+        module, store, [jnp.asarray(chunk) for chunk in tokens], Watch({sharing.both.name: sorted(names)}, watched.see)
+    )
     made, left = list[Lazy](), list[float]()
     for twin in twins:
         sums = {layer: watched.sums[twin.w, layer] for layer in range(at, shape.layers)}
