@@ -30,13 +30,14 @@ if TYPE_CHECKING:
     from effc.passes.context import Context
 
 GRID = (0.998, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.88, 0.86, 0.84, 0.82, 0.8, 0.75, 0.7, 0.65,
-        0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.0)  # fmt: skip
+        0.6, 0.55, 0.5, 0.45, 0.4, 0.37, 0.34, 0.31, 0.28, 0.26, 0.24, 0.22, 0.2, 0.18, 0.16, 0.14, 0.12, 0.1, 0.08,
+        0.06, 0.04, 0.02, 0.0)  # fmt: skip
 """Thresholds in the order they are tested, finest where exits are good enough: fixed before any text is seen."""
 
 BATCH = 16
 """Prompts generated together: native products take so many rows, and give each what it gets alone, to the bit."""
 
-TIMED, ROUNDS = 4, 3
+TIMED, ROUNDS = 8, 4
 """Prompts that are timed one by one at every certified threshold, and how often, in turn."""
 
 
