@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import libcst as cst
 
-from effc.backend import exits, recursion, syntax
+from effc.backend import exits, narrow, recursion, syntax
 from effc.backend.plan import Block, Plan, by_call, by_token, last_mixing, mentions, reads, steps
 from effc.backend.syntax import Expr, Names, Statement, call, code, expr, item, literal
 from effc.errors import EffcError, nearest
@@ -53,6 +53,8 @@ class Body:
         self.names = Names([*RESERVED, *(b.title for b in plan.blocks.values())])
         self.types = func.types()
         self.scope, self.results = func.ops, func.results
+        self.rows = "step.positions"  # of the tokens that attention asks for
+        self.last: Op | None = None  # the last op that mixes tokens, of which last rows are wanted
         self.keys: list[str] = []  # names of the attention's keys and values being written
         self.literals: dict[str, Expr] = {}  # scalar constants, written where they are used
 
@@ -60,10 +62,23 @@ class Body:
         assert self.block_info is not None
         inputs = [self.names.new(value.name) for value in self.func.inputs]
         before, after = self.block_info.arguments()
-        body = [*self._sizes(self.func.inputs, self.func.ops), *self.ops(self.func.ops)]
+        body = self._narrowed(found) if (found := narrow.parts(self.func)) else self._whole()
         body.append(syntax.give([self.value(name) for name in self.func.results]))
         notes = [signature(self.func)]
         return syntax.function(self.block_info.title, [*before, *inputs, *after], body, notes=notes)
+
+    def _whole(self) -> Statements:
+        return [*self._sizes(self.func.inputs, self.func.ops), *self.ops(self.func.ops)]
+
+    def _narrowed(self, parts: narrow.Parts) -> Statements:
+        """First what is kept, of all rows; then the rest, of the rows that are wanted."""
+        self.rows = "step.wanted(step.positions)"
+        read = {name for op in parts.keeps for name in reads(op)}
+        out = self._sizes([value for value in self.func.inputs if value.name in read], parts.keeps)
+        out += self.ops(parts.keeps)
+        out += [syntax.assign([self.names[n]], expr(f"step.wanted({self.names[n]})")) for n in parts.narrowed]
+        values = [Value(n, self.types[n]) for n in parts.narrowed]
+        return [*out, *self._sizes(values, parts.others), *self.ops(parts.others)]
 
     def extend(self, name: str = "extend") -> cst.FunctionDef:
         """A function of tokens over a cache; rows not wanted end after the last op that needs them."""
@@ -74,6 +89,7 @@ class Body:
         cut = cut if all(by_token(self.types[n]) for n in self._crossing(cut)) else len(self.func.ops)
         before, after = self.func.ops[:cut], self.func.ops[cut:]
         body = [*syntax.statements(f"step = Step({title}, cache, valid)"), *self._sizes((tokens,), before)]
+        self.last = before[-1] if before and cut < len(self.func.ops) else None
         body += [*self.ops(before), *self._last_rows(cut), *self.ops(after)]
         body.append(syntax.give([*map(self.value, self.func.results), expr("step.cache()")]))
         notes = [
@@ -243,7 +259,7 @@ class Body:
         self.plan.used.add("attention")
         keyed, asked = _rows(op)
         keys, values, *mine = map(syntax.name, self.keys)
-        args = [self.value(op.inputs[0]), keys, values, expr("step.positions"), *functions]
+        args = [self.value(op.inputs[0]), keys, values, expr(self.rows), *functions]
         sinks = op.params.get("sinks")
         if keyed or asked or sinks:
             args += [] if functions else [syntax.name("None")]
@@ -330,6 +346,8 @@ class Body:
         first = [self.value(name) for name in op.inputs[:carry]]
         rest = [self.value(name) for name in op.inputs[carry:]]
         args = self._arguments(block, [*map(syntax.name, outputs), *rest])
+        if op is self.last and narrow.parts(self.plan.module.funcs[target.name]):
+            args = [*args[:-1], expr("step.asked()")]
         begin = first[0] if carry == 1 else syntax.sequence(first).with_changes(lpar=[], rpar=[])
         over = [self.layers(group, start, times, order) for group in block.groups] or [expr(f"range({times})")]
         body = [syntax.assign(outputs, call(block.title, args))]

@@ -7,6 +7,7 @@ order they run, which is the same in every call, so entries are a plain list, on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -133,6 +134,17 @@ class Step:
         self.lengths = jnp.zeros(self._batch, jnp.int32) if cache is None else cache.lengths
         counts = jnp.arange(self._count, dtype=jnp.int32)
         self.positions = self.lengths[:, None] + counts[None, :] if positions is None else positions
+        self._narrow = False
+
+    def asked(self) -> Step:
+        """The same call, whose `wanted` rows are the `last` ones."""
+        other = copy(self)
+        other._narrow = True
+        return other
+
+    def wanted(self, x: jax.Array) -> jax.Array:
+        """Of x[b,t,...] the rows that something is to be made of, where all have been kept: all, or the last."""
+        return self.last(x) if self._narrow else x
 
     def append(self, *values: jax.Array, cache: str = "float") -> tuple[jax.Array, ...]:
         """Each [b,t,...] after the rows kept so far, [b,S,...]; keys and values first, kept as `cache` says."""
@@ -181,8 +193,8 @@ class Step:
         return jnp.arange(self._count)[None] < self._valid[:, None]
 
     def last(self, x: jax.Array) -> jax.Array:
-        """[b,1,...]: the row of the last valid token; x[b,t,...] itself when all are valid."""
-        if self._valid is None or self._count == 1:
+        """[b,1,...]: the row of the last valid token; x[b,t,...] itself when all are valid, or that is all it has."""
+        if self._valid is None or x.shape[1] < self._count or self._count == 1:
             return x
         index = jnp.maximum(self._valid - 1, 0).reshape((-1,) + (1,) * (x.ndim - 1))
         return jnp.take_along_axis(x, index, axis=1)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from effc import evaluate
+from effc.backend.to_python import emit
 from effc.ir.core import Module, Op, Ref
 from effc.ir.parser import parse
 from effc.ir.printer import dump
@@ -117,6 +118,27 @@ def test_what_is_kept_does_not_depend_on_who_left(made):
     for threshold in (0.0, 0.02):
         for mine, theirs in zip(caches(threshold), all_layers, strict=True):
             np.testing.assert_allclose(mine, theirs, atol=1e-6)
+
+
+def test_of_a_prompt_the_last_token_alone_runs_later_layers(made):
+    module, store = made()
+    model = Model.of(module, store)
+    source = emit(module)
+    assert source.count("step.asked()") == 1 and source.count("step.wanted(step.positions)") == 1
+    extend = jax.jit(model.program.extend)
+    engine, valid = Engine(model.program, model.params), jnp.asarray([6, 4])
+    logits, kept = extend(model.params, jnp.asarray(TOKENS), engine.empty(2, 16), valid)
+    whole, rows = extend(model.params, jnp.asarray(TOKENS), engine.empty(2, 16))
+    for row, count in enumerate((6, 4)):
+        np.testing.assert_allclose(logits[row, 0], whole[row, count - 1], atol=1e-5)
+    assert kept.lengths.tolist() == [6, 4]
+    for mine, theirs in zip(jax.tree.leaves(kept.entries), jax.tree.leaves(rows.entries), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    flops = [
+        extend.lower(model.params, jnp.zeros((1, 16), jnp.int32), engine.empty(1, 16), count).cost_analysis()["flops"]
+        for count in (jnp.asarray([16]), None)
+    ]
+    assert flops[0] < 0.6 * flops[1]
 
 
 def test_tokens_that_stay_say_what_they_would_have_said(made):
