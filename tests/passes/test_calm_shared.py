@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from effc import evaluate
+from effc.backend import narrow
 from effc.backend.to_python import emit
 from effc.ir.core import Module, Op, Ref
 from effc.ir.parser import parse
@@ -134,11 +135,13 @@ def test_of_a_prompt_the_last_token_alone_runs_later_layers(made):
     assert kept.lengths.tolist() == [6, 4]
     for mine, theirs in zip(jax.tree.leaves(kept.entries), jax.tree.leaves(rows.entries), strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    flops = [
-        extend.lower(model.params, jnp.zeros((1, 16), jnp.int32), engine.empty(1, 16), count).cost_analysis()["flops"]
+    lowered = [
+        extend.lower(model.params, jnp.zeros((1, 16), jnp.int32), engine.empty(1, 16), count)
         for count in (jnp.asarray([16]), None)
     ]
-    assert flops[0] < 0.6 * flops[1]
+    few, all_rows = ((one.cost_analysis() or {})["flops"] for one in lowered)
+    assert few < 0.6 * all_rows
+    assert narrow.parts(module.funcs["layer.after"]) and narrow.parts(module.funcs["layer"]) is None
 
 
 def test_tokens_that_stay_say_what_they_would_have_said(made):
