@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,3 +97,31 @@ def test_the_likeliest_are_those_of_a_sort() -> None:
 
 def test_what_a_prompt_says_is_not_learned() -> None:
     assert learned(np.asarray([[2, 4]]), 6).tolist() == [[False, True, True, True, False, False]]
+
+
+def test_prompts_that_are_added_to_a_file_are_read_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was answered stays, as far as the same was asked."""
+    module = Draft(kind="head", vocab=16).run(parse(TINY.read_text()), Notes())
+    store, read, file = random_store(module), list[int](), tmp_path / "prompts.txt"
+
+    class Fake:
+        def answers(self, asked: list[list[int]], whole: int, seed: int) -> dict[str, np.ndarray]:
+            read.append(asked[0][0])
+            tokens = np.zeros((len(asked), whole), np.int32)
+            for row, prompt in zip(tokens, asked, strict=True):
+                row[: len(prompt)] = prompt
+            return {"tokens": tokens, "spans": np.asarray([[len(prompt), whole] for prompt in asked], np.int32)}
+
+    def lesson(numbers: Sequence[int]) -> Lesson:
+        file.write_text("\n".join(map(str, numbers)))
+        tokenizer = SimpleNamespace(chat_template=None, encode=lambda line: [int(line), 1])
+        context = SimpleNamespace(
+            name="draft", folder=tmp_path, budget=Budget(steps=32), seed=0, calib=None, ids=None, tokenizer=tokenizer
+        )
+        return train.read("draft", module, store, context, train.Source(True, file))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train, "scribe", lambda *_: Fake())
+    assert lesson(range(100, 140)).texts == 40 and read == [100, 116, 132]
+    assert lesson(range(100, 180)).texts == 80 and read[3:] == [132, 148, 164]  # the last chunk was not full
+    assert lesson([*range(100, 116), 7, *range(117, 148)]).texts == 48 and read[6:] == [7, 132]
+    assert lesson(range(20, 52)).texts == 32 and read[8:] == [20, 36]  # another file altogether

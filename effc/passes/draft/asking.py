@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from effc.errors import EffcError
 
 if TYPE_CHECKING:
@@ -24,7 +22,7 @@ ASKED = 8
 
 
 def prompts(context: Context, file: Path) -> list[list[int]]:
-    """The lines of a file as prompts, in the chat template where there is one, in an order by the seed."""
+    """The lines of a file as prompts, in the chat template where there is one, in the order of the file."""
     tokenizer = context.tokenizer
     if tokenizer is None:
         raise EffcError(f"{context.name}: {file} needs a tokenizer, and the model has none")
@@ -36,7 +34,7 @@ def prompts(context: Context, file: Path) -> list[list[int]]:
     short = [ids for ids in found if 0 < len(ids) <= LONGEST]
     if not short:
         raise EffcError(f"{context.name}: {file}: no prompt of 1 to {LONGEST} tokens, want some, one a line")
-    return [short[i] for i in np.random.default_rng(context.seed).permutation(len(short))]
+    return short
 
 
 def measured_on(context: Context, file: Path | None) -> Sequence[list[int]]:

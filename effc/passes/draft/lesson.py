@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,6 +68,12 @@ def kept(folder: Path) -> Iterator[Mapping[str, np.ndarray]]:
     """The chunks in a folder, mapped."""
     for part in sorted(folder.glob("[0-9]*")):
         yield {file.stem: np.load(file, mmap_mode="r") for file in part.glob("*.npy")}
+
+
+def drop(folder: Path, first: int) -> None:
+    """Without the chunks from this number on."""
+    for part in sorted(folder.glob("[0-9]*"))[first:]:
+        shutil.rmtree(part)
 
 
 def keep(folder: Path, number: int, chunk: Mapping[str, np.ndarray]) -> None:

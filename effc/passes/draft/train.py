@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
@@ -19,7 +19,7 @@ from effc.certificate import fingerprint
 from effc.ir.core import Module
 from effc.passes.draft.asking import LONGEST, prompts
 from effc.passes.draft.head import VERIFY
-from effc.passes.draft.lesson import Lesson, keep, kept, learned
+from effc.passes.draft.lesson import Lesson, drop, keep, kept, learned
 from effc.passes.draft.parts import PREFIX
 from effc.passes.draft.scribe import Scribe, scribe
 from effc.runtime.train.budget import Budget
@@ -61,14 +61,16 @@ class Source:
 def read(made_by: str, module: Module, store: Store, context: Context, source: Source) -> Lesson:
     """What the target makes of the training text, as much as the budget allows; on disk for when this is resumed.
 
-    A larger budget reads on from where a smaller one stopped.
+    A larger budget, or more prompts at the end of their file, reads on from where the last run stopped.
     """
-    folder = context.folder / f"lesson-{_key(module, store, context, source)}"
+    asked = prompts(context, source.prompts) if source.prompts else []
+    folder = context.folder / f"lesson-{_key(module, store, context, source.features, asked[:ROWS_READ])}"
     spent = folder / "seconds"
-    seconds, there = float(spent.read_text()) if spent.exists() else 0.0, len(list(kept(folder)))
+    there = answered(folder, asked) if source.prompts else len(list(kept(folder)))
+    seconds = float(spent.read_text()) if there and spent.exists() else 0.0
     if not there or _reads_on(context.budget, there * ROWS_READ, seconds):
         reader = scribe(made_by, module, store, context, source.features)
-        for number, chunk in enumerate(islice(_chunks(reader, context, source), there, None), there):
+        for number, chunk in enumerate(islice(_chunks(reader, context, asked), there, None), there):
             start = time.perf_counter()
             keep(folder, number, chunk())
             seconds += time.perf_counter() - start
@@ -78,22 +80,33 @@ def read(made_by: str, module: Module, store: Store, context: Context, source: S
     return Lesson(list(kept(folder)), seconds)
 
 
-def _key(module: Module, store: Store, context: Context, source: Source) -> str:
-    """Of what reads and what is read: another target or other texts are another lesson."""
+def answered(folder: Path, asked: Sequence[list[int]]) -> int:
+    """How many chunks there are answers to these prompts, from the first on; what comes after is dropped."""
+    for number, chunk in enumerate(kept(folder)):
+        mine = asked[number * ROWS_READ : (number + 1) * ROWS_READ]
+        said = [row[:start].tolist() for row, (start, _) in zip(chunk["tokens"], chunk["spans"], strict=True)]
+        if said != mine:
+            drop(folder, number)
+            return number
+    return len(list(kept(folder)))
+
+
+def _key(module: Module, store: Store, context: Context, features: bool, first: Sequence[list[int]]) -> str:
+    """Of what reads and what is read (the text, or what is asked first): another target is another lesson."""
     funcs = {name: func for name, func in module.funcs.items() if name not in (PREFIX, VERIFY)}
     params = {name: param for name, param in module.params.items() if not name.startswith(f"{PREFIX}.")}
     target = fingerprint(replace(module, funcs=funcs, params=params, decode=None, meta={}), store)
-    asked = source.prompts and source.prompts.is_file()
-    told = source.prompts.read_bytes() if source.prompts and asked else (context.calib or "").encode()
-    return hashlib.sha256(told + f"{target} {source.features} {context.seed}".encode()).hexdigest()[:12]
+    told = repr(first) if first else context.calib or ""
+    return hashlib.sha256(f"{told}{target} {features} {context.seed}".encode()).hexdigest()[:12]
 
 
-def _chunks(reader: Scribe, context: Context, source: Source) -> Iterator[Callable[[], Mapping[str, np.ndarray]]]:
+def _chunks(
+    reader: Scribe, context: Context, asked: Sequence[list[int]]
+) -> Iterator[Callable[[], Mapping[str, np.ndarray]]]:
     """What makes each chunk: answers to the prompts where there are some, all once; else windows of the text."""
-    if source.prompts:
-        found = prompts(context, source.prompts)
-        for number, at in enumerate(range(0, len(found), ROWS_READ)):
-            yield partial(reader.answers, found[at : at + ROWS_READ], WHOLE, context.seed * 100_003 + number)
+    if asked:
+        for number, at in enumerate(range(0, len(asked), ROWS_READ)):
+            yield partial(reader.answers, asked[at : at + ROWS_READ], WHOLE, context.seed * 100_003 + number)
         return
     batches = context.batches(ROWS_READ, LENGTH)
     most = None if context.ids is None else max(1, len(context.ids) // (LENGTH * ROWS_READ))
