@@ -76,8 +76,13 @@ def test_later_layers_make_keys_and_values_of_the_exits_state(made):
     assert token_bytes(module) == token_bytes(parse(TINY))
 
 
-@pytest.mark.parametrize("head", ["model", "own"])
-@pytest.mark.parametrize("threshold", [0.0, 0.02, 1.0])
+SAMPLE = [("own", 0.02), ("model", 1.0)]
+MORE = [("model", 0.0), ("own", 0.0), ("model", 0.02), ("own", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("head", "threshold"), [*SAMPLE, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE)]
+)
 def test_the_program_gives_what_the_interpreter_gives(made, head, threshold):
     module, store = made(replace(SHARED, head=head))
 
@@ -175,7 +180,7 @@ def test_before_the_last_layer_the_beginning_is_the_model_itself(random_store, t
         assert all((store[name].read(i)[""] == origin[name].read(i)[""]).all() for i in range(6))
 
 
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("biased", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_beginning_is_nearer_than_the_layers_own_matrices(random_store, tmp_path: Path, biased: bool):
     text = TINY
     if biased:
