@@ -45,6 +45,7 @@ class Draft(Pass):
         "", "file of prompts, one a line: kind=self and kind=head learn from the target's answers, and are measured on "
         "the last few", file=True,
     )  # fmt: skip
+    lr: float = option(0.0, "learning rate of kind=self and kind=head; 0 is 0.001")
     force: bool = option(False, "draft even where it was measured not to pay")
 
     def requires(self, module: Module) -> None:
@@ -55,6 +56,8 @@ class Draft(Pass):
             raise PassError(f"{self.name}: kind=exits, but the module has none, want calm beside draft")
         if self.gamma < 0 or self.layers < 0 or self.vocab < 0:
             raise PassError(f"{self.name}: gamma, layers and vocab, want 0 or more")
+        if not 0 <= self.lr < 1:
+            raise PassError(f"{self.name}: lr is {self.lr:g}, want 0 (as usual) or more, less than 1")
         if (self.kind == "model") != bool(self.model):
             raise PassError(f"{self.name}: kind=model and model=PATH go together")
         if self.prompts and self.kind not in ("self", "head"):
@@ -114,7 +117,7 @@ class Draft(Pass):
         if self.kind == "head":
             store = start.begun(self.name, module, store, lesson, context)
         model = context.model(module, store)
-        return model.store(train.fit(model, lesson, ids, context), store)
+        return model.store(train.fit(model, lesson, ids, context, self.lr or train.RATE), store)
 
     def calibrates(self) -> bool:
         return True

@@ -37,6 +37,9 @@ ROWS, LENGTH = 4, 128
 ROWS_READ, WHOLE = 16, 2 * LONGEST
 """Texts read or written at a time, and the tokens of a prompt with its answer."""
 
+RATE = 1e-3
+"""Learning rate."""
+
 STEPS = 2
 """How far a head follows its own features while it is trained."""
 
@@ -125,7 +128,7 @@ def frequent(lesson: Lesson, count: int, vocab: int) -> np.ndarray:
     return np.sort(np.argsort(-lesson.said(vocab), kind="stable")[:count]).astype(np.int32)
 
 
-def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context) -> Tree:
+def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context, lr: float = RATE) -> Tree:
     """The parameters with the drafter's trained; those of the target stay."""
     draft = model.program.entries["draft"]
     batches = _batches(lesson, _places(ids), context.seed)
@@ -138,7 +141,7 @@ def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context) 
         return jnp.asarray(total), {**agree, "count": batch["mask"].sum().astype(jnp.float32)}
 
     budget = _left(context.budget, lesson.seconds)
-    plan = Plan(budget, lr=1e-3, warmup=20, seed=context.seed, weight_decay=0.01, b2=0.98)
+    plan = Plan(budget, lr=lr, warmup=20, seed=context.seed, weight_decay=0.01, b2=0.98)
     mask = {**chosen(model.program.params, "draft.*")}
     # Its rows of the target's head are good as they are, and half of what a step would cost.
     mask |= {name: False for name in mask if name == "draft.ids" or name.startswith("draft.head.")}
