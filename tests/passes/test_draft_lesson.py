@@ -125,3 +125,20 @@ def test_prompts_that_are_added_to_a_file_are_read_on_with(tmp_path: Path, monke
     assert lesson(range(100, 180)).texts == 80 and read[3:] == [132, 148, 164]  # the last chunk was not full
     assert lesson([*range(100, 116), 7, *range(117, 148)]).texts == 48 and read[6:] == [7, 132]
     assert lesson(range(20, 52)).texts == 32 and read[8:] == [20, 36]  # another file altogether
+
+
+def test_texts_that_are_looked_at_are_not_learned_from() -> None:
+    texts = np.arange(12)[:, None] * np.ones((1, 4), np.int32)
+    top = np.zeros((12, 4, 2), np.float16)
+    spans = np.tile(np.asarray([[1, 4]], np.int32), (12, 1))
+    chunk = {"tokens": texts.astype(np.int32), "spans": spans, "ids": top.astype(np.int32), "logits": top}
+    batches = train._batches(Lesson([chunk]), None, 8, seed=0)
+    seen = {int(row[0]) for step in range(6) for row in batches(step, None)["tokens"]}
+    assert seen == set(range(8))
+
+
+def test_how_often_drafts_are_right_counts_every_token_alike() -> None:
+    look = train._looks(lambda params, batch: {"agree1": params * batch["x"], "count": batch["n"]}, [
+        {"x": jnp.float32(0.5), "n": jnp.float32(1)}, {"x": jnp.float32(0.1), "n": jnp.float32(3)},
+    ])  # fmt: skip
+    assert look(jnp.float32(2.0)) == pytest.approx({"agree1": (1.0 + 3 * 0.2) / 4})

@@ -23,6 +23,7 @@ from effc.passes.draft.lesson import Lesson, drop, keep, kept, learned
 from effc.passes.draft.parts import PREFIX
 from effc.passes.draft.scribe import Scribe, scribe
 from effc.runtime.train.budget import Budget
+from effc.runtime.train.loop import Evaluate
 from effc.runtime.train.losses import mean
 from effc.runtime.train.plan import Batch, Plan, Tick, Tree
 from effc.runtime.train.tree import chosen
@@ -39,6 +40,9 @@ ROWS_READ, WHOLE = 16, 2 * LONGEST
 
 RATE = 1e-3
 """Learning rate."""
+
+HELD = 32
+"""Texts of a longer lesson that are looked at while it is learned, and not learned from."""
 
 STEPS = 2
 """How far a head follows its own features while it is trained."""
@@ -130,10 +134,11 @@ def frequent(lesson: Lesson, count: int, vocab: int) -> np.ndarray:
 
 def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context, lr: float = RATE) -> Tree:
     """The parameters with the drafter's trained; those of the target stay."""
-    draft = model.program.entries["draft"]
-    batches = _batches(lesson, _places(ids), context.seed)
+    draft, places = model.program.entries["draft"], _places(ids)
+    held = HELD if lesson.texts >= 10 * HELD else 0
+    batches = _batches(lesson, places, lesson.texts - held, context.seed)
 
-    def loss(params: Tree, batch: Batch, tick: Tick) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(params: Tree, batch: Batch, tick: Tick | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         steps = _headed(draft, params, batch) if lesson.features else [(draft(params, batch["tokens"])[0], 0)]
         parts = [_step(logits, batch, shift) for logits, shift in steps]
         total = sum(LATER**i * part for i, (part, _) in enumerate(parts))
@@ -146,8 +151,22 @@ def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context, 
     # Its rows of the target's head are good as they are, and half of what a step would cost.
     mask |= {name: False for name in mask if name == "draft.ids" or name.startswith("draft.head.")}
     tag = f"{lesson.texts} {lesson.tokens}"
-    fitted = context.fit(loss, model.params, batches, plan, trainable=mask, tag=tag, title="draft")
-    return fitted.params
+    rest = [range(at, at + ROWS) for at in range(lesson.texts - held, lesson.texts, ROWS)]
+    look = _looks(lambda params, batch: loss(params, batch, None)[1], [_batch(lesson, places, n) for n in rest])
+    told = {"evaluate": look if held else None, "tag": tag, "title": "draft"}
+    return context.fit(loss, model.params, batches, plan, trainable=mask, **told).params
+
+
+def _looks(measure: Callable[[Tree, Batch], Mapping[str, jax.Array]], batches: Sequence[Batch]) -> Evaluate:
+    """For `fit`: how often drafts are right, first and second, on texts that are not learned from."""
+    measured = jax.jit(measure)
+
+    def call(params: Tree) -> dict[str, float]:
+        found = [{name: float(x) for name, x in measured(params, batch).items()} for batch in batches]
+        total = sum(one["count"] for one in found)
+        return {n: sum(one[n] * one["count"] for one in found) / total for n in found[0] if n != "count"}
+
+    return call
 
 
 def _headed(draft: Callable[..., Any], params: Tree, batch: Batch) -> list[tuple[jax.Array, int]]:
@@ -181,21 +200,24 @@ def _places(ids: np.ndarray | None) -> np.ndarray | None:
     return out
 
 
-def _batches(lesson: Lesson, places: np.ndarray | None, seed: int) -> Callable[[int, Tree], dict[str, Any]]:
-    """Texts in a new order each time all were seen."""
-    count = lesson.texts
+def _batches(lesson: Lesson, places: np.ndarray | None, count: int, seed: int) -> Callable[[int, Tree], dict[str, Any]]:
+    """The first `count` texts, in a new order each time all were seen."""
 
     def call(step: int, params: Tree) -> dict[str, Any]:
         numbers = [int(_order(seed, i // count, count)[i % count]) for i in range(step * ROWS, (step + 1) * ROWS)]
-        found = lesson.rows(numbers)
-        ids = found["ids"]
-        # The last of `places` stands for every token beyond the drafter's.
-        known = ids if places is None else places[np.minimum(ids, len(places) - 1)]
-        batch = {"tokens": found["tokens"], "top": found["logits"], "places": known}
-        batch["mask"] = learned(found["spans"], found["tokens"].shape[1])
-        return batch | ({"features": found["features"]} if lesson.features else {})
+        return _batch(lesson, places, numbers)
 
     return call
+
+
+def _batch(lesson: Lesson, places: np.ndarray | None, numbers: Sequence[int]) -> dict[str, Any]:
+    found = lesson.rows(numbers)
+    ids = found["ids"]
+    # The last of `places` stands for every token beyond the drafter's.
+    known = ids if places is None else places[np.minimum(ids, len(places) - 1)]
+    batch = {"tokens": found["tokens"], "top": found["logits"], "places": known}
+    batch["mask"] = learned(found["spans"], found["tokens"].shape[1])
+    return batch | ({"features": found["features"]} if lesson.features else {})
 
 
 def _order(seed: int, turn: int, count: int) -> np.ndarray:
