@@ -18,6 +18,7 @@ from jax import lax
 from effc.runtime import deferral, speculate
 from effc.runtime.cache import Cache, empty_cache
 from effc.runtime.drafting import Choice, Proposal, State, Widths, alphas, position_keys
+from effc.runtime.exits import likeliest
 from effc.runtime.sampling import Numbers
 
 BOUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -33,7 +34,11 @@ FEW = 8
 """Tokens of which it is cheaper to have all logits than to stop at the last layer for which row is the last."""
 
 Own = dict[str, Any]
-"""cache; sure i32[b], rows of it that hold what was really said; logits f32[b,V']; feature [b,d] of a head."""
+"""cache; sure i32[b], rows of it that hold what was really said; said, what a draft is chosen by: logits f32[b,V'] or
+the likeliest i32[b] and how likely it is, f32[b]; feature [b,d] of a head."""
+
+Said = tuple[jax.Array, ...]
+"""As above, of every row [b,n,...]."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,19 @@ class Chain:
         """Tokens that one call reads between rounds."""
         return 1 if self.shared else self.widths.most + 1 if self.features else 2
 
-    def begin(self, params: Any, rows: int, room: int, features: jax.Array | None) -> Own:
+    def plain(self, choice: Choice) -> bool:
+        """Whether the likeliest token, and how likely it is, are all that is asked of logits."""
+        return choice.greedy and not choice.filters and not self.rule
+
+    def begin(self, params: Any, rows: int, room: int, features: jax.Array | None, choice: Choice) -> Own:
         """Nothing read yet; features [b,n,d] only tell their width and dtype."""
         operands = [] if features is None else [features[:, :1]]
         shapes = jax.eval_shape(self.entry, params, jnp.zeros((rows, 1), jnp.int32), *operands)
+        zero = jnp.zeros(rows, jnp.int32)
         own: Own = {
-            "cache": empty_cache(shapes[-1], room) if not self.shared else Cache(jnp.zeros(rows, jnp.int32), ()),
+            "cache": empty_cache(shapes[-1], room) if not self.shared else Cache(zero, ()),
             "sure": jnp.zeros(rows, jnp.int32),
-            "logits": jnp.zeros((rows, shapes[0].shape[-1]), shapes[0].dtype),
+            "said": (zero, zero * 0.0) if self.plain(choice) else (jnp.zeros((rows, shapes[0].shape[-1])),),
         }
         return own | ({"feature": jnp.zeros_like(features[:, 0])} if features is not None else {})
 
@@ -86,7 +96,7 @@ class Chain:
         rows, size = going if self.rule else pays, PROMPT if first else self.reads
         if self.context is not None:  # padding must not run past a table of positions
             rows &= state["cache"].lengths + 1 + max(size, self.most) <= self.context
-        own = self._read(params, self._opened(state), state, rows, size)
+        own = self._read(params, self._opened(state), state, rows, size, choice)
         own["sure"] = own["cache"].lengths
         draft = _Draft(self, params, state, numbers, choice)
         proposal, own = draft.run(own, rows, pays & rows)
@@ -110,7 +120,7 @@ class Chain:
             return {**state, "cache": target, "own": {**own, "cache": Cache(cache.lengths, ())}}
         return {**state, "own": own if self.features else {**own, "sure": cache.lengths}}
 
-    def _read(self, params: Any, own: Own, state: State, rows: jax.Array, size: int) -> Own:
+    def _read(self, params: Any, own: Own, state: State, rows: jax.Array, size: int, choice: Choice) -> Own:
         """Tokens that are known and not yet read, `size` at a time: mostly once."""
         skip = int(self.features)  # a head reads token i+1 with the features of token i
         goal = state["cache"].lengths + 1 - skip
@@ -124,26 +134,42 @@ class Chain:
             operands = [_rows(state["features"], at, size)] if self.features else []
             valid = jnp.clip(lag(own), 0, size)
             if size > FEW:
-                return self._grown(own, self.entry(params, tokens, *operands, own["cache"], valid), valid > 0)
-            *made, cache = self.entry(params, tokens, *operands, own["cache"])
-            last = [_rows(x, jnp.maximum(valid - 1, 0), 1) for x in made]
-            return self._grown(own, (*last, speculate.rolled_back(cache, at + valid)), valid > 0)
+                made, cache = self._made(params, state, choice, tokens, *operands, own["cache"], valid)
+                return self._grown(own, made, cache, valid > 0)
+            made, cache = self._made(params, state, choice, tokens, *operands, own["cache"])
+            last = jax.tree.map(lambda x: _rows(x, jnp.maximum(valid - 1, 0), 1), made)
+            return self._grown(own, last, speculate.rolled_back(cache, at + valid), valid > 0)
 
         return lax.while_loop(lambda own: jnp.any(lag(own) > 0), read, own)
 
-    def step(self, params: Any, own: Own, token: jax.Array) -> Own:
+    def step(self, params: Any, own: Own, state: State, choice: Choice, token: jax.Array) -> Own:
         """After one draft token more."""
         operands = [own["feature"][:, None]] if self.features else []
-        every = jnp.ones(token.shape, bool)
-        return self._grown(own, self.entry(params, token[:, None], *operands, own["cache"]), every)
+        made, cache = self._made(params, state, choice, token[:, None], *operands, own["cache"])
+        return self._grown(own, made, cache, jnp.ones(token.shape, bool))
 
-    def _grown(self, own: Own, results: tuple[Any, ...], rows: jax.Array) -> Own:
-        """With the last row of each result, for `rows`."""
-        logits, *others, cache = results
-        new: Own = {**own, "cache": cache, "logits": jnp.where(rows[:, None], logits[:, -1], own["logits"])}
-        if self.features:
-            new["feature"] = jnp.where(rows[:, None], others[0][:, -1], own["feature"])
-        return new
+    def _made(self, params: Any, state: State, choice: Choice, *operands: Any) -> tuple[dict[str, Any], Cache]:
+        """What is said of every row, and features of a head; and the cache after."""
+        logits, *others, cache = self.entry(params, *operands)
+        made: dict[str, Any] = {"said": self._said(logits, state, choice)}
+        return made | ({"feature": others[0]} if self.features else {}), cache
+
+    def _said(self, logits: jax.Array, state: State, choice: Choice) -> Said:
+        if not self.plain(choice):
+            return (logits.astype(jnp.float32),)
+        # What a table is padded with is no token: the target would read past its own.
+        vocab = state["vocab"].shape[0]
+        logits = logits[..., :vocab] if logits.shape[-1] > vocab else logits
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), likeliest(logits)
+
+    def _grown(self, own: Own, made: dict[str, Any], cache: Cache, rows: jax.Array) -> Own:
+        """With the last row of what was made, for `rows`."""
+
+        def last(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(rows.reshape(rows.shape + (1,) * (old.ndim - 1)), new[:, -1], old)
+
+        before = {name: own[name] for name in made}
+        return {**own, **jax.tree.map(last, made, before), "cache": cache}
 
 
 @dataclass(frozen=True)
@@ -174,7 +200,7 @@ class _Draft:
 
         def turn(carry: dict[str, Any]) -> dict[str, Any]:
             last = lax.dynamic_index_in_dim(carry["proposal"].tokens, carry["i"] - 1, 1, keepdims=False)
-            own = self.chain.step(self.params, carry["own"], last)
+            own = self.chain.step(self.params, carry["own"], self.state, self.choice, last)
             # Rows that have stopped keep their cache's length, whatever was written past it.
             lengths = jnp.where(carry["on"], own["cache"].lengths, carry["own"]["cache"].lengths)
             own["cache"] = speculate.rolled_back(own["cache"], lengths)
@@ -186,14 +212,14 @@ class _Draft:
     def _drawn(self, carry: dict[str, Any]) -> dict[str, Any]:
         """With token i, of rows for which it is worth drafting."""
         i, proposal = carry["i"], carry["proposal"]
-        logits = carry["own"]["logits"].astype(jnp.float32)
-        level = _level(logits)
+        said: Said = carry["own"]["said"]
+        level = _level(said[1] if self.chain.plain(self.choice) else likeliest(said[0]))
         chance = jnp.take_along_axis(self.state["table"].chances, level[:, None], axis=1)[:, 0]
         reach = carry["reach"] * chance
-        own = None if proposal.own is None else self._own(logits, carry["seen"], proposal.own.shape[-1])
+        own = None if proposal.own is None else self._own(said[0], carry["seen"], proposal.own.shape[-1])
         on = carry["on"] & (self._keeps(own, i) if self.chain.alone else reach >= self.chain.floor)
         on &= i < self.chain.widths.most
-        token, q, seen = self._token(logits, carry)
+        token, q, seen = self._token(said[0], carry)
         proposal = Proposal(
             _put(proposal.tokens, token, i), _put(proposal.levels, level, i),
             jnp.maximum(proposal.there, jnp.where(on, i + 1, 0)), proposal.count + on,
@@ -214,14 +240,12 @@ class _Draft:
         nothing = jnp.zeros_like(own)
         return deferral.RULES[self.chain.rule](deferral.Own(nothing, own, nothing), alpha)[:, 0]
 
-    def _token(self, logits: jax.Array, carry: dict[str, Any]) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-        """The token, the q it was drawn from, and the tokens seen with it."""
+    def _token(self, said: jax.Array, carry: dict[str, Any]) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """The token, the q it was drawn from, and the tokens seen with it; said is what goes by, logits or itself."""
         seen = carry["seen"]
-        if self.choice.greedy and seen is None:
-            # What a table is padded with is no token: the target would read past its own.
-            best = jnp.argmax(logits[:, : self.state["vocab"].shape[0]], axis=-1).astype(jnp.int32)
-            return (self._ids()[best] if self.chain.ids else best), None, None
-        whole = speculate.penalized(self._whole(logits), seen, self.numbers)
+        if self.chain.plain(self.choice):
+            return (self._ids()[said] if self.chain.ids else said), None, seen
+        whole = speculate.penalized(self._whole(said), seen, self.numbers)
         if self.choice.greedy:
             token, q = jnp.argmax(whole, axis=-1).astype(jnp.int32), None
         else:
@@ -245,9 +269,8 @@ class _Draft:
         return jnp.pad(logits[:, :vocab], ((0, 0), (0, short)), constant_values=-jnp.inf)
 
 
-def _level(logits: jax.Array) -> jax.Array:
-    """i32[b]: how sure the drafter is."""
-    best = 1 / jnp.exp(logits - logits.max(axis=-1, keepdims=True)).sum(axis=-1)
+def _level(best: jax.Array) -> jax.Array:
+    """i32[b]: how sure the drafter is, of how likely its likeliest token is."""
     return sum(((best >= bound).astype(jnp.int32) for bound in BOUNDS), jnp.zeros(best.shape, jnp.int32))
 
 

@@ -98,7 +98,7 @@ class Speculation:
             own["proposal"] = replace(own["proposal"], beyond=jnp.zeros(rows, bool), own=mine)
             own["cascade"] = self.cascade.begin(state["cache"].lengths, choice)
         if isinstance(self.drafter, Chain):
-            own |= {"own": self.drafter.begin(params, rows, room, features), "vocab": jnp.zeros(vocab, bool)}
+            own |= {"own": self.drafter.begin(params, rows, room, features, choice), "vocab": jnp.zeros(vocab, bool)}
         if features is not None:
             own["features"] = jnp.pad(features, ((0, 0), (0, max(0, room - features.shape[1])), (0, 0)))
         return {**state, **jax.tree.map(jnp.copy, own)}  # no array twice: they are donated
