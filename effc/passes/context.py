@@ -132,6 +132,15 @@ class Context:
             return windows(self.ids, length=length, rows=rows, seed=self.seed, head=self.head)
         return replace(self.own, length=length).batches(rows)
 
+    def whole(self, rows: int, most: int) -> Batches:
+        """As `batches`, of texts as long as the model takes, up to `most` tokens; its own samples are shorter."""
+        if self.ids is None:
+            return self.batches(rows)
+        limit = self.teacher_module.meta.get("context")
+        limit = limit if isinstance(limit, int) and limit > 0 else most
+        length = max(1, min(most, limit, len(self.ids) + len(self.head) - 1))
+        return windows(self.ids, length=length, rows=rows, seed=self.seed, head=self.head)
+
     def batches_beside(self, rows: int) -> Batches:
         """As `batches`; with --calib, the teacher's own samples among its windows, each text read equally often.
 

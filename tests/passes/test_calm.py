@@ -20,7 +20,7 @@ from effc.ir.rewrite import replace_ops
 from effc.ir.stream import run
 from effc.ir.verify import verify
 from effc.passes.base import Notes, PassError
-from effc.passes.calm import Calm, calibrate
+from effc.passes.calm import Calm, calibrate, train
 from effc.passes.calm.side import agreement, together
 from effc.passes.calm.train import both_ways, part, weighted, with_exits
 from effc.passes.context import Context, Model
@@ -28,7 +28,7 @@ from effc.passes.runner import step
 from effc.runtime.engine import Engine
 from effc.runtime.generate import generate
 from effc.runtime.sampling import Sampling
-from effc.runtime.train import forward_kl
+from effc.runtime.train import Tick, forward_kl
 from effc.runtime.train.budget import Budget
 from effc.weights import Store
 
@@ -277,6 +277,33 @@ def test_training_brings_exits_to_the_last_layer(random_store, tmp_path: Path, f
     same = np.array_equal(after["layers.attn.q"].read(0)[""], store["layers.attn.q"].read(0)[""])
     assert same == (not finetune)
     assert np.abs(after["exits.down"].read(0)[""]).max() > 0
+
+
+def test_layers_that_learn_read_texts_as_long_as_the_model_takes(random_store, tmp_path: Path):
+    before = parse(TINY)
+    context = _context(before, random_store(before), tmp_path)
+    vars(context)["ids"], vars(context)["head"] = np.arange(500, dtype=np.int32) % 160, (1,)
+    for most, length in ((512, 64), (40, 40)):  # the context of the model is 64
+        batch = context.whole(2, most)(0, None)
+        assert batch["tokens"].shape == (2, length + 1) and batch["mask"].all() and (batch["tokens"][:, 0] == 1).all()
+    vars(context)["ids"] = np.arange(20, dtype=np.int32)
+    assert context.whole(1, 512)(3, None)["tokens"].tolist() == [[1, *range(20)]]
+
+
+def test_a_batch_of_two_lengths_counts_every_token_alike():
+    logits = jax.random.normal(jax.random.key(0), (2, 8, 6))
+
+    def extend(params, ids):
+        return logits[0, ids], logits[1, ids], None
+
+    loss = train._loss(extend, 1, lambda params, ids: logits[0, ids])
+    short, long = np.arange(4)[None] % 8, np.arange(7)[None] % 8
+    tick, trees = Tick(jax.random.key(0), jnp.int32(0), jnp.float32(1)), {"student": None, "teacher": None}
+    parts = [{"tokens": ids, "mask": np.ones((1, ids.shape[1] - 1), bool)} for ids in (short, long)]
+    both = {**parts[0], "whole": parts[1]["tokens"], "whole_mask": parts[1]["mask"]}
+    (one, _), (two, _), (together, told) = (loss(trees, batch, tick) for batch in (*parts, both))
+    np.testing.assert_allclose(together, (3 * one + 6 * two) / 9, rtol=1e-5)
+    assert int(told["count"]) == 9
 
 
 def test_weights_rise_with_depth_and_early_exits_come_in_last():

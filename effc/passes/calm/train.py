@@ -18,8 +18,7 @@ from effc.ir.types import Type
 from effc.passes.calm.adapters import GROUP, SCORE
 from effc.passes.calm.texts import part
 from effc.runtime.train import Plan, Tick, chosen, forward_kl, mean
-from effc.runtime.train.data import mixed
-from effc.runtime.train.plan import Batches
+from effc.runtime.train.plan import Batch, Batches
 from effc.weights import Store
 
 if TYPE_CHECKING:
@@ -32,11 +31,11 @@ ROWS, LENGTH = 8, 128
 RATE, TUNING_RATE = 2e-3, 5e-4
 """Learning rates of exits alone, and where the layers learn too."""
 
-BESIDE = 0.4
-"""Share of sequences of a step that are windows of --calib (or samples) where the layers learn: they go on saying
-what they said of any text."""
+SAID, WHOLE_ROWS, WHOLE = 4, 1, 512
+"""Where the layers learn, sequences of what the model says, and windows of --calib (or samples) beside them, as long as
+a text may be: the layers go on saying what they said, and as far on."""
 
-LOOKED_AT = 8
+LOOKED_AT = 4
 """Windows of the evaluation text on which the agreement of exits is told."""
 
 
@@ -64,14 +63,22 @@ def train(made_by: Calm, module: Module, store: Store, context: Context) -> Stor
 
 def _lessons(made_by: Calm, context: Context) -> Batches:
     """What the model says greedily, which is what exits are asked about; layers that learn read other text too."""
-    said = context.continued(ROWS, LENGTH, made_by.prompt)
-    return mixed(said, context.batches(ROWS, LENGTH), BESIDE, context.seed) if made_by.finetune else said
+    if not made_by.finetune:
+        return context.continued(ROWS, LENGTH, made_by.prompt)
+    said, whole = context.continued(SAID, LENGTH, made_by.prompt), context.whole(WHOLE_ROWS, WHOLE)
+
+    def batch(step: int, params: Any) -> Batch:
+        other = whole(step, params)
+        return {**said(step, params), "whole": other["tokens"], "whole_mask": other["mask"]}
+
+    return batch
 
 
 def _tag(made_by: Calm, count: int) -> str:
     """What training depends on: a new calibration of the same exits goes on from them."""
     places = (made_by.first, made_by.every, made_by.min_exit, count)
     more = [name for name in (made_by.state, made_by.head) if name in ("shared", "own")]
+    more += ["whole"] * made_by.finetune
     told = (places, made_by.adapter, made_by.measure == "classifier", made_by.finetune, made_by.prompt, *more)
     return " ".join(map(str, told))
 
@@ -163,7 +170,14 @@ def _loss(extend: Extend, count: int, teacher: Callable[..., jax.Array] | None =
     """Exits say what the last layer says; where layers learn too, it says what the input model says and exits can."""
 
     def loss(tree: Any, batch: Mapping[str, Any], tick: Tick) -> tuple[jax.Array, dict[str, jax.Array]]:
-        ids, mask = batch["tokens"][:, :-1], batch["mask"]
+        found = [part(tree, batch[name][:, :-1], batch[mask], tick) for name, mask in _PARTS if name in batch]
+        counts = jnp.stack([told["count"] for _, told in found])
+        shares = counts / counts.sum()
+        total = jnp.dot(shares, jnp.stack([value for value, _ in found]))
+        told = {n: jnp.dot(shares, jnp.stack([t[n] for _, t in found])) for n in found[0][1]}
+        return total, told | {"count": counts.sum()}
+
+    def part(tree: Any, ids: jax.Array, mask: jax.Array, tick: Tick) -> tuple[jax.Array, dict[str, jax.Array]]:
         full, *others, _ = extend(tree["student"], ids)
         exits, scores = others[:count], others[count:]
         divergence = both_ways if teacher else forward_kl
@@ -180,6 +194,10 @@ def _loss(extend: Extend, count: int, teacher: Callable[..., jax.Array] | None =
         return jnp.asarray(total), told
 
     return loss
+
+
+_PARTS = (("tokens", "mask"), ("whole", "whole_mask"))
+"""Of a batch."""
 
 
 def both_ways(full: jax.Array, exit: jax.Array) -> jax.Array:
@@ -205,7 +223,8 @@ def _unsure(score: jax.Array, right: jax.Array) -> jax.Array:
 def _looks(extend: Extend, context: Context, count: int, teacher: Model | None) -> Callable[[Any], Mapping[str, float]]:
     """For `fit`: how often each exit's likeliest token is the last layer's, on the evaluation text; where layers
     learn too, KL of the last to the input model's, nats a token."""
-    tokens = jnp.asarray(np.concatenate([chunk[:, :LENGTH] for chunk in context.heldout.chunks[:LOOKED_AT]]))
+    chunks = context.heldout.chunks
+    tokens = jnp.asarray(np.concatenate([chunk for chunk in chunks[:LOOKED_AT] if chunk.shape == chunks[0].shape]))
 
     @jax.jit
     def told(params: Any, before: Any) -> dict[str, jax.Array]:
