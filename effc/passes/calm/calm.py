@@ -95,7 +95,8 @@ class Calm(Pass):
             forward = parted(shape, at[0], sharing.after.name)
             funcs[forward.name] = forward
         early = _early(self, shape, at, roles, _free("early", module))
-        funcs |= {func.name: func for func in (*roles.values(), early)}
+        first = (shape.keys, shape.head, exit)
+        funcs |= {func.name: func for func in (*first, *roles.values(), early)}
         assert module.decode is not None
         decode = Decode("early", {**module.decode.attrs, "early": Ref(early.name), "layers": shape.layers})
         notes.chose(f"exits after layers {', '.join(map(str, at))} of {shape.layers}, confidence by {self.measure}")
