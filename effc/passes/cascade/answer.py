@@ -45,7 +45,7 @@ class Cascade(Cascading):
 
     def drafter(self) -> Draft:
         gamma = self.gamma or GAMMA
-        return _Drafter(self.small, gamma, self.model, self.layers, 0, self.lessons, self.force)
+        return _Drafter(self.small, gamma, self.model, self.layers, 0, self.lessons, force=self.force)
 
     def requires(self, module: Module) -> None:
         if self.small == "head":

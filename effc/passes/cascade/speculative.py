@@ -41,7 +41,7 @@ class SpecCascade(Cascading):
         return "alpha", self.alpha
 
     def drafter(self) -> Draft:
-        return _Drafter(self.small, self.gamma, self.model, self.layers, self.vocab, self.lessons, self.force)
+        return _Drafter(self.small, self.gamma, self.model, self.layers, self.vocab, self.lessons, force=self.force)
 
     def run(self, module: Module, notes: Notes) -> Module:
         after = self.drafter().run(module, notes)
