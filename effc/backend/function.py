@@ -11,7 +11,7 @@ from effc.backend.plan import Block, Plan, by_call, by_token, last_mixing, menti
 from effc.backend.syntax import Expr, Names, Statement, call, code, expr, item, literal
 from effc.errors import EffcError, nearest
 from effc.ir.core import Attr, Func, Op, Ref, Value
-from effc.ir.ops import attribute
+from effc.ir.ops import attribute, kept, rows_beside
 from effc.ir.types import Type
 from effc.runtime import primitives
 
@@ -242,12 +242,11 @@ class Body:
 
     def _append(self, op: Op) -> Statement:
         """`keys, values = step.append(k, v)`: those of all tokens so far."""
-        keyed, _ = _rows(op)
-        k, kept = op.inputs[1], op.inputs[1 : 3 + keyed]
+        k, *others = kept(op)
         if not by_token(self.types[k]):
             raise EffcError(f"{self._where(op)}: keys are {self.types[k]}, want one row a token, [b,t,...]")
-        self.keys = [self.names.fresh(n) for n in ("keys", "values", *("kept" for _ in range(keyed)))]
-        return syntax.assign(self.keys, call("step.append", [self.value(name) for name in kept], _cache(op)))
+        self.keys = [self.names.fresh(n) for n in ("keys", "values", *("kept" for _ in others[1:]))]
+        return syntax.assign(self.keys, call("step.append", [self.value(name) for name in (k, *others)], _cache(op)))
 
     def _keep(self, op: Op) -> Statements:
         """`step.append(k, v)`; what comes of it is what went in."""
@@ -257,7 +256,7 @@ class Body:
 
     def _attention(self, op: Op, functions: list[Expr]) -> Expr:
         self.plan.used.add("attention")
-        keyed, asked = _rows(op)
+        keyed, asked = rows_beside(op)
         keys, values, *mine = map(syntax.name, self.keys)
         args = [self.value(op.inputs[0]), keys, values, expr(self.rows), *functions]
         sinks = op.params.get("sinks")
@@ -317,7 +316,7 @@ class Body:
 
     def _region(self, op: Op, title: str, region: Func) -> cst.FunctionDef:
         """A local function; inputs past those that its op gives are values of this one."""
-        given = 3 + sum(_rows(op)) if op.kind == "attention" else len(region.inputs)
+        given = 3 + sum(rows_beside(op)) if op.kind == "attention" else len(region.inputs)
         bound_here = [code(self.value(name)) for name in op.inputs[given:]] if op.kind == "attention" else []
         known, outer = self.names.known(), (self.types, self.scope, self.results, self.literals)
         own = [self.names.new(value.name) for value in region.inputs[:given]]
@@ -376,13 +375,6 @@ class Body:
         assert isinstance(target, Ref)
         block = self.plan.blocks[target.name]
         return call(block.title, self._arguments(block, self._inputs(op)))
-
-
-def _rows(op: Op) -> tuple[int, int]:
-    """How many operands past q, k and v an attention's bias sees by key, and how many by query."""
-    keyed, asked = attribute(op, "keyed"), attribute(op, "asked")
-    assert isinstance(keyed, int) and isinstance(asked, int)
-    return keyed, asked
 
 
 def _cache(op: Op) -> dict[str, Expr]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from effc.backend.plan import CACHED, by_call, by_token, reads
 from effc.ir.core import Func, Op, Ref
-from effc.ir.ops import attribute
+from effc.ir.ops import kept
 from effc.ir.rewrite import producers
 
 
@@ -29,8 +29,8 @@ def parts(block: Func) -> Parts | None:
     if not attentions or any(_odd(op) for op in block.ops):
         return None
     source = producers(block)
-    kept = [name for op in attentions for name in op.inputs[1 : 3 + _keyed(op)]]
-    made, read, todo = set[str](), set[str](), list(kept)
+    stored = [name for op in attentions for name in kept(op)]
+    made, read, todo = set[str](), set[str](), list(stored)
     while todo:
         name = todo.pop()
         read.add(name)
@@ -41,16 +41,16 @@ def parts(block: Func) -> Parts | None:
     others = tuple(op for op in block.ops if op not in keeps)
     if block.inputs[0].name in read or any(op.kind == "attention" for op in keeps):
         return None
-    return _narrowed(block, keeps, others, {*kept})
+    return _narrowed(block, keeps, others, {*stored})
 
 
-def _narrowed(block: Func, keeps: tuple[Op, ...], others: tuple[Op, ...], kept: set[str]) -> Parts | None:
+def _narrowed(block: Func, keeps: tuple[Op, ...], others: tuple[Op, ...], stored: set[str]) -> Parts | None:
     own = {value.name for op in others for value in op.outputs}
     types, wanted = block.types(), list[str]()
     for op in others:
-        rows = [op.inputs[0], *op.inputs[3 + _keyed(op) :]] if op.kind == "attention" else reads(op)
+        rows = [op.inputs[0], *op.inputs[1 + len(kept(op)) :]] if op.kind == "attention" else reads(op)
         wanted += [name for name in rows if name not in own and by_call(types[name])]
-    if any(name in kept or not by_token(types[name]) for name in wanted) or {*block.results} - own:
+    if any(name in stored or not by_token(types[name]) for name in wanted) or {*block.results} - own:
         return None
     return Parts(keeps, others, tuple(dict.fromkeys(wanted)))
 
@@ -59,12 +59,6 @@ def _odd(op: Op) -> bool:
     """What looks at other rows in a way of its own, or runs what might."""
     looks = op.kind in CACHED - {"attention"} or any(isinstance(value, Ref) for value in op.attrs.values())
     return looks or bool(op.regions)
-
-
-def _keyed(op: Op) -> int:
-    keyed = attribute(op, "keyed")
-    assert isinstance(keyed, int)
-    return keyed
 
 
 __all__ = ["Parts", "parts"]

@@ -14,7 +14,7 @@ from jax import Array
 
 from effc.ir.core import Module, Op, walk
 from effc.ir.interpret import Context, Weight, evaluate_func
-from effc.ir.ops import attribute
+from effc.ir.ops import rows_beside
 from effc.ir.stream import Reads, Watch, look, params_of, weight
 from effc.runtime.layers import score_bias, visible
 
@@ -58,8 +58,7 @@ def blind(module: Module, store: Mapping[str, Reads], ids: np.ndarray) -> np.nda
 
 def _rows(op: Op) -> int:
     """Operands that hold a row for each token."""
-    counts = [attribute(op, name) for name in ("keyed", "asked")] if op.kind == "attention" else []
-    return sum(n for n in counts if isinstance(n, int))
+    return sum(rows_beside(op)) if op.kind == "attention" else 0
 
 
 def _weights(module: Module, store: Mapping[str, Reads], op: Op, layer: int) -> dict[str, Weight]:
@@ -71,8 +70,7 @@ def _hidden(op: Op, extra: Sequence[Array], weights: Mapping[str, Weight], shape
     b, t = shape
     positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
     context = Context({"b": b, "t": t}, positions)
-    keyed, rows = attribute(op, "keyed"), _rows(op)
-    assert isinstance(keyed, int)
+    keyed, rows = rows_beside(op)[0], _rows(op)
 
     def bias(*scalars: Array) -> Array:
         return evaluate_func(op.regions["bias"], (*scalars, *extra[rows:]), weights, context)[0]

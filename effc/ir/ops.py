@@ -143,8 +143,7 @@ def _attention(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tu
 
 def _bias_operands(op: Op, extra: Sequence[Type], k: Type) -> None:
     """Operands past q, k and v against the region: rows first, by key and by query, then what is read whole."""
-    keyed, asked = op.attrs.get("keyed", 0), op.attrs.get("asked", 0)
-    assert isinstance(keyed, int) and isinstance(asked, int)
+    keyed, asked = rows_beside(op)
     rows = keyed + asked
     ok = keyed >= 0 and asked >= 0 and rows <= len(extra)
     _want(ok, f"keyed={keyed}, asked={asked} of {len(extra)} operands after q, k and v")
@@ -322,6 +321,18 @@ def attribute(op: Op, name: str) -> Attr | Ref:
     if kind in _NUMBERS and default:
         return _NUMBERS[kind](default)
     return default or None
+
+
+def rows_beside(op: Op) -> tuple[int, int]:
+    """Operands past q, k and v that an attention's bias sees a row of: how many by key, how many by query."""
+    keyed, asked = attribute(op, "keyed"), attribute(op, "asked")
+    assert isinstance(keyed, int) and isinstance(asked, int)
+    return keyed, asked
+
+
+def kept(op: Op) -> tuple[str, ...]:
+    """What a cache keeps of an attention: its keys, its values, and what its bias sees by key."""
+    return op.inputs[1 : 3 + rows_beside(op)[0]]
 
 
 _NUMBERS: Mapping[str, Callable[[str], Attr]] = {"int": int, "float": float, "ints": lambda text: ()}

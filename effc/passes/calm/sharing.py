@@ -14,15 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from effc.ir.core import Decode, Func, Module, Op, Ref, Value, walk
-from effc.ir.ops import attribute
+from effc.ir.ops import attribute, kept
 from effc.ir.rewrite import names_of, producers, prune
 from effc.ir.stream import Watch, look
 from effc.ir.types import Quant
 from effc.passes.calm.shape import Shape
+from effc.passes.ridge import Sums
 from effc.weights import Array, Arrays, Lazy, Store
-
-RIDGE = 1e-3
-"""Of the mean square of the inputs, added to each."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +79,8 @@ def _copied(op: Op, new: dict[str, str], fresh: Callable[[str], str]) -> Op:
 
 def _redirected(op: Op, new: Mapping[str, str]) -> Op:
     """An attention that takes the copies of its keys, values and what goes with them."""
-    keyed = attribute(op, "keyed")
-    assert isinstance(keyed, int)
-    kept = slice(1, 3 + keyed)
-    return replace(op, inputs=(op.inputs[0], *(new[name] for name in op.inputs[kept]), *op.inputs[kept.stop :]))
+    first, end = op.inputs[0], 1 + len(kept(op))
+    return replace(op, inputs=(first, *(new[name] for name in kept(op)), *op.inputs[end:]))
 
 
 def _after_linear(op: Op, source: Mapping[str, Op]) -> bool:
@@ -110,25 +106,6 @@ def parted(shape: Shape, at: int, block: str) -> Func:
 
 
 @dataclass
-class Sums:
-    """Normal equations of one matrix: inputs x'x [k,k], wanted x'y [k,n], total sum of x [k], size sum of y^2."""
-
-    inputs: jax.Array
-    wanted: jax.Array
-    total: jax.Array
-    size: float
-
-    def solved(self, bias: Array | None) -> tuple[np.ndarray, float]:
-        """f32[k,n], and the share of y^2 (less the bias) that it does not explain."""
-        inputs, wanted = np.asarray(self.inputs, np.float64), np.asarray(self.wanted, np.float64)
-        wanted = wanted if bias is None else wanted - np.outer(np.asarray(self.total), bias)
-        inner = inputs + RIDGE * np.trace(inputs) / len(inputs) * np.eye(len(inputs))
-        found = np.linalg.solve(inner, wanted)
-        told = 2 * np.sum(found * wanted) - np.sum(found * (inputs @ found))
-        return found.astype(np.float32), 1 - told / max(self.size, 1e-30)
-
-
-@dataclass
 class _Watched:
     """Sums by twin and layer, as the text goes through."""
 
@@ -137,21 +114,8 @@ class _Watched:
 
     def see(self, func: str, layer: int, values: Mapping[str, jax.Array]) -> None:
         for twin in self.sharing.twins:
-            gave = twin.op.out.name
-            inputs, wanted, total, size = _summed(values[twin.reads], values[gave])
-            new = Sums(inputs, wanted, total, float(size))
-            old = self.sums.get((twin.w, layer))
-            self.sums[twin.w, layer] = new if old is None else _joined(old, new)
-
-
-@jax.jit
-def _summed(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    x, y = (v.reshape(-1, v.shape[-1]).astype(jnp.float32) for v in (x, y))
-    return x.T @ x, x.T @ y, x.sum(0), jnp.sum(y * y)
-
-
-def _joined(one: Sums, two: Sums) -> Sums:
-    return Sums(one.inputs + two.inputs, one.wanted + two.wanted, one.total + two.total, one.size + two.size)
+            new, old = Sums.of(values[twin.reads], values[twin.op.out.name]), self.sums.get((twin.w, layer))
+            self.sums[twin.w, layer] = new if old is None else old + new
 
 
 def fitted(

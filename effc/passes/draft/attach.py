@@ -45,7 +45,7 @@ class Draft(Pass):
         "", "file of prompts, one a line: kind=self and kind=head learn from the target's answers, and are measured on "
         "the last few", file=True,
     )  # fmt: skip
-    lr: float = option(0.0, "learning rate of kind=self and kind=head; 0 is 0.001")
+    lr: float = option(0.0, "learning rate of kind=self and kind=head; 0 is 0.001, of a head 0.0005")
     force: bool = option(False, "draft even where it was measured not to pay")
 
     def requires(self, module: Module) -> None:
@@ -117,7 +117,7 @@ class Draft(Pass):
         if self.kind == "head":
             store = start.begun(self.name, module, store, lesson, context)
         model = context.model(module, store)
-        return model.store(train.fit(model, lesson, ids, context, self.lr or train.RATE), store)
+        return model.store(train.fit(model, lesson, ids, context, self.lr), store)
 
     def calibrates(self) -> bool:
         return True

@@ -8,7 +8,6 @@ step, from features of its own, is solved for together with the first.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import jax
@@ -19,13 +18,11 @@ from effc.ir.rewrite import prune, users
 from effc.passes.draft.head import READS, TOKENS
 from effc.passes.draft.lesson import Lesson, learned
 from effc.passes.draft.parts import PREFIX, cut, made
+from effc.passes.ridge import Sums
 from effc.weights import Store
 
 if TYPE_CHECKING:
     from effc.passes.context import Context
-
-RIDGE = 1e-3
-"""Weight of a matrix's own size, in rows of inputs."""
 
 WIDEST = 8192
 """Inputs up to which it is solved: the work grows with the cube of them."""
@@ -33,37 +30,8 @@ WIDEST = 8192
 ENOUGH = 200_000
 """Rows that are summed of a step, of as many chunks as that takes: they are a hundred times the unknowns."""
 
-STEPS = 2
-"""How far drafts are looked after."""
-
-BLOCK = 2048
-"""Rows summed at a time."""
-
 Embed = Callable[[np.ndarray], np.ndarray]
 """Tokens i32[n,t] as the layers read them."""
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Normal equations: inputs [k,k], wanted [k,d], of count rows."""
-
-    inputs: np.ndarray
-    wanted: np.ndarray
-    count: int = 0
-
-    def solved(self) -> np.ndarray:
-        """f32[k,d]: the matrix from inputs to what is wanted."""
-        inner = self.inputs + RIDGE * self.count * np.eye(len(self.inputs))
-        return np.linalg.solve(inner, self.wanted).astype(np.float32)
-
-    def with_rows(self, x: np.ndarray, y: np.ndarray) -> Sums:
-        """With rows x[n,k] of inputs and y[n,d] of what they should give."""
-        inputs, wanted = self.inputs, self.wanted
-        for at in range(0, len(x), BLOCK):
-            both = [_padded(part[at : at + BLOCK]) for part in (x, y)]
-            squares, products = _multiplied(*both)
-            inputs, wanted = inputs + np.asarray(squares), wanted + np.asarray(products)
-        return Sums(inputs, wanted, self.count + len(x))
 
 
 def begun(name: str, module: Module, store: Store, lesson: Lesson, context: Context) -> Store:
@@ -107,17 +75,18 @@ def outgoing(module: Module, width: int) -> list[str]:
 
 def solved(lesson: Lesson, embed: Embed, width: int) -> np.ndarray:
     """f32[k,d]: readers for the first step, then for it and the second, which reads what the first one made."""
-    depths = int(lesson.chunks[0]["features"].shape[-1]) // width
-    size, readers = (depths + 1) * width, np.zeros(0)
-    sums = Sums(np.zeros((size, size)), np.zeros((size, width)))
-    for step in range(STEPS):
-        before = sums.count
-        for chunk in lesson.chunks:
-            sums = sums.with_rows(*rows(chunk, embed, width, readers if step else None))
-            if sums.count - before >= ENOUGH:
-                break
-        readers = sums.solved()
-    return readers
+    first = _summed(lesson, embed, width, None)
+    second = _summed(lesson, embed, width, first.solved()[0])
+    return (first + second).solved()[0]
+
+
+def _summed(lesson: Lesson, embed: Embed, width: int, readers: np.ndarray | None) -> Sums:
+    total = Sums.of(*rows(lesson.chunks[0], embed, width, readers))
+    for chunk in lesson.chunks[1:]:
+        if total.rows >= ENOUGH:
+            break
+        total += Sums.of(*rows(chunk, embed, width, readers))
+    return total
 
 
 def rows(
@@ -138,16 +107,6 @@ def rows(
 
 def _normed(x: np.ndarray) -> np.ndarray:
     return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + 1e-6)
-
-
-def _padded(rows: np.ndarray) -> np.ndarray:
-    """With rows of zeros up to a block: they add nothing."""
-    return np.pad(rows, ((0, BLOCK - len(rows)), (0, 0)))
-
-
-@jax.jit
-def _multiplied(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return x.T @ x, x.T @ y
 
 
 def _shape(module: Module, name: str) -> tuple[int, ...]:

@@ -32,14 +32,14 @@ from effc.weights import Store
 if TYPE_CHECKING:
     from effc.passes.context import Context, Model
 
-ROWS, LENGTH = 4, 128
-"""Sequences of a step and their tokens: small steps, since there is little time."""
+ROWS, LENGTH = 8, 128
+"""Sequences of a step and their tokens: few, since there is little time; so many that Muon takes little of it."""
 
 ROWS_READ, WHOLE = 16, 2 * LONGEST
 """Texts read or written at a time, and the tokens of a prompt with its answer."""
 
-RATE = 1e-3
-"""Learning rate."""
+RATE, RATE_HEAD = 1e-3, 5e-4
+"""Learning rates: of AdamW, and of Muon, which learns more of a head from the same text."""
 
 HELD = 32
 """Texts of a longer lesson that are looked at while it is learned, and not learned from."""
@@ -132,8 +132,8 @@ def frequent(lesson: Lesson, count: int, vocab: int) -> np.ndarray:
     return np.sort(np.argsort(-lesson.said(vocab), kind="stable")[:count]).astype(np.int32)
 
 
-def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context, lr: float = RATE) -> Tree:
-    """The parameters with the drafter's trained; those of the target stay."""
+def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context, lr: float = 0.0) -> Tree:
+    """The parameters with the drafter's trained; those of the target stay. lr=0 is the usual one."""
     draft, places = model.program.entries["draft"], _places(ids)
     held = HELD if lesson.texts >= 10 * HELD else 0
     batches = _batches(lesson, places, lesson.texts - held, context.seed)
@@ -146,7 +146,7 @@ def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context, 
         return jnp.asarray(total), {**agree, "count": batch["mask"].sum().astype(jnp.float32)}
 
     budget = _left(context.budget, lesson.seconds)
-    plan = Plan(budget, lr=lr, warmup=20, seed=context.seed, weight_decay=0.01, b2=0.98)
+    plan = Plan(budget, warmup=20, seed=context.seed, weight_decay=0.01, b2=0.98, **_how(lesson.features, lr))
     mask = {**chosen(model.program.params, "draft.*")}
     # Its rows of the target's head are good as they are, and half of what a step would cost.
     mask |= {name: False for name in mask if name == "draft.ids" or name.startswith("draft.head.")}
@@ -155,6 +155,11 @@ def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context, 
     look = _looks(lambda params, batch: loss(params, batch, None)[1], [_batch(lesson, places, n) for n in rest])
     told = {"evaluate": look if held else None, "tag": tag, "title": "draft"}
     return context.fit(loss, model.params, batches, plan, trainable=mask, **told).params
+
+
+def _how(head: bool, lr: float) -> dict[str, Any]:
+    """Of `Plan`: the optimizer and its rate."""
+    return {"optimizer": "muon" if head else "adamw", "lr": lr or (RATE_HEAD if head else RATE)}
 
 
 def _looks(measure: Callable[[Tree, Batch], Mapping[str, jax.Array]], batches: Sequence[Batch]) -> Evaluate:

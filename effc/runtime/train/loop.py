@@ -1,4 +1,4 @@
-"""fit(): AdamW on some leaves of a tree; checkpoints, a history, a clean end on Ctrl-C."""
+"""fit(): an optimizer on some leaves of a tree; checkpoints, a history, a clean end on Ctrl-C."""
 
 from __future__ import annotations
 

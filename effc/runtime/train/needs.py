@@ -10,6 +10,7 @@ from effc.errors import EffcError
 
 def optax() -> Any:
     """The optimizers."""
+    _imported("optax.contrib", "optax")
     return _imported("optax", "optax")
 
 

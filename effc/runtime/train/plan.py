@@ -46,6 +46,8 @@ class Plan:
     """Defaults are those of a short healing of a small model; `warmup` is in steps."""
 
     budget: Budget
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon (Jordan et al. 2024) steps matrices by orthogonalized momentum, as far as AdamW would; the rest by AdamW."""
     lr: float = 1e-3
     schedule: Literal["cosine", "trapezoid", "constant"] = "cosine"
     warmup: int = 20

@@ -1,4 +1,4 @@
-"""One step of training as one compiled program: gradients over the parts of a batch, then AdamW."""
+"""One step of training as one compiled program: gradients over the parts of a batch, then the optimizer."""
 
 from __future__ import annotations
 
@@ -17,19 +17,33 @@ from effc.runtime.train.tree import put
 State = dict[str, Any]
 """weights: trained leaves by path; optimizer: what optax keeps of them."""
 
+MUON_RMS = 0.2
+"""Mean size of Muon's steps, about AdamW's (Liu et al. 2025, section 2.2): one learning rate goes for both."""
+
 Step = Callable[[State, Tree, Batch, Tick, jax.Array], tuple[State, jax.Array, Metrics]]
 """(state, all parameters, batch, tick, learning rate) -> (state, loss, metrics); the state given is used up."""
 
 
 def optimizer(plan: Plan) -> Any:
-    """AdamW without its learning rate, which the step gives; only matrices decay."""
+    """What the plan names, without its learning rate, which the step gives; only matrices decay."""
     optax = needs.optax()
+    clip = optax.clip_by_global_norm(plan.clip) if plan.clip else optax.identity()
+    return optax.chain(clip, *(_muon(optax, plan) if plan.optimizer == "muon" else _adamw(optax, plan)))
+
+
+def _adamw(optax: Any, plan: Plan) -> list[Any]:
     matrices: Callable[[Tree], Tree] = lambda weights: jax.tree.map(lambda x: x.ndim > 1, weights)  # noqa: E731
-    return optax.chain(
-        optax.clip_by_global_norm(plan.clip) if plan.clip else optax.identity(),
+    return [
         optax.scale_by_adam(plan.b1, plan.b2, mu_dtype=jnp.float32),
         optax.add_decayed_weights(plan.weight_decay, matrices),
-    )
+    ]
+
+
+def _muon(optax: Any, plan: Plan) -> list[Any]:
+    """Of matrices; what has other shapes goes by Adam. It takes its rate off, a step does so again: hence the sign."""
+    betas = {"adam_b1": plan.b1, "adam_b2": plan.b2, "mu_dtype": jnp.float32}
+    muon = optax.contrib.muon(1.0, weight_decay=plan.weight_decay, consistent_rms=MUON_RMS, **betas)
+    return [muon, optax.scale(-1.0)]
 
 
 def compiled(loss: Loss, make: Any, mask: Tree, plan: Plan) -> Step:

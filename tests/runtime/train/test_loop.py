@@ -6,6 +6,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -44,19 +45,22 @@ def equal(one: Tree, two: Tree) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
 
 
-def test_it_learns() -> None:
+@pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 0.03), ("muon", 0.1)])
+def test_it_learns(optimizer: Literal["adamw", "muon"], lr: float) -> None:
     start = params()
-    fitted = fit(loss, start, BATCHES, replace(PLAN, budget=Budget(steps=40)))
+    fitted = fit(loss, start, BATCHES, replace(PLAN, optimizer=optimizer, lr=lr, budget=Budget(steps=40)))
     assert fitted.history[-1].loss < 0.5 * fitted.history[0].loss
     assert fitted.steps == 40
     assert fitted.tokens == 40 * 8 * 13
     assert equal(start, params())  # what was given is not used up
 
 
-def test_a_resumed_run_is_the_unbroken_one_to_the_bit(tmp_path: Path) -> None:
-    whole = fit(loss, params(), BATCHES, PLAN)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_is_the_unbroken_one_to_the_bit(tmp_path: Path, optimizer: Literal["adamw", "muon"]) -> None:
+    plan = replace(PLAN, optimizer=optimizer)
+    whole = fit(loss, params(), BATCHES, plan)
 
-    kept = replace(PLAN, folder=tmp_path)
+    kept = replace(plan, folder=tmp_path)
     with pytest.raises(KeyboardInterrupt, match=r"kept at step 5 in .*: the same command goes on"):
         fit(loss, params(), BATCHES, kept, watch=stop_at(5))
     resumed = fit(loss, params(), BATCHES, kept)
@@ -67,6 +71,22 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(tmp_path: Path) -> None:
     assert again.resumed == 8 and equal(again.params, whole.params)
     other = fit(loss, params(1), BATCHES, kept)
     assert other.resumed == 0  # other arrays, another run
+
+
+def test_muon_steps_every_direction_of_a_matrix_alike() -> None:
+    plan = replace(PLAN, optimizer="muon", lr=0.03, warmup=1, weight_decay=0.0, budget=Budget(steps=1))
+    start = {**params(), "scale": np.ones(8, np.float32)}
+
+    def scaled(tree: Tree, batch: Batch, tick: Tick) -> tuple[jax.Array, Metrics]:
+        return loss({**tree, "embed": tree["embed"] * tree["scale"][:, None]}, batch, tick)
+
+    moved = fit(scaled, start, BATCHES, plan).params
+    step = np.asarray(moved["embed"] - start["embed"])
+    *sizes, none = np.linalg.svd(step, compute_uv=False)
+    assert sizes[0] < 2 * sizes[-1]  # AdamW's differ by far more
+    assert none < 1e-3 * sizes[-1]  # all logits up alike is no direction
+    assert 0.1 * 0.03 < np.sqrt(np.square(step).mean()) < 0.4 * 0.03
+    assert np.abs(moved["scale"] - 1).max() > 0  # no matrix: Adam's
 
 
 def test_a_polite_kill_is_as_good_as_ctrl_c(tmp_path: Path) -> None:

@@ -94,8 +94,13 @@ def call(program: Program, flags: tuple[str, ...] | None = None) -> Sequence[jax
     return run(*program.inputs, program=program.words())
 
 
-def regions(function: Callable[..., Any], flags: tuple[str, ...] | None = None) -> Callable[..., Any]:
-    """The same function of arrays; what it does with packed matrices is done in native regions."""
+def regions(
+    function: Callable[..., Any], flags: tuple[str, ...] | None = None, width: int | None = None
+) -> Callable[..., Any]:
+    """The same function of arrays; what it does with packed matrices is done in native regions.
+
+    width: bytes an activation is rounded to, 1 or 2; None is what the environment says.
+    """
 
     def run(*args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)
@@ -107,7 +112,7 @@ def regions(function: Callable[..., Any], flags: tuple[str, ...] | None = None) 
                 return function(*jax.tree.unflatten(tree, leaves))
 
         closed, shape = jax.make_jaxpr(flat, return_shape=True)(*leaves)
-        results = form.run(closed, leaves, partial(call, flags=flags), digits())
+        results = form.run(closed, leaves, partial(call, flags=flags), digits() if width is None else width)
         return jax.tree.unflatten(jax.tree.structure(shape), results)
 
     return run
