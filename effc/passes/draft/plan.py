@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +43,9 @@ NEW = 64
 RUNS = 15
 """Timings of a call, in turn with the others; the least counts: what else the machine does only adds to it."""
 
-TURNS = 4
-"""Calls in one timing, in a loop on the device as while decoding: starting a program alone takes as long as a draft."""
+ENOUGH, TURNS = 0.04, 64
+"""Seconds of a timing, and calls at most: in a loop on the device as while decoding, since starting a program takes
+as long as a step of a small model."""
 
 WORTH = 1.02
 """Predicted speed-up below which drafting is declined: less is lost in what is not measured."""
@@ -133,11 +133,12 @@ def decoding(engine: Engine, module: Module) -> Engine:
 def measure(engine: Engine, most: int, rows: int = 1) -> Costs:
     """Times calls on 1 to most+1 tokens of each row in turn, and of a draft token where a function makes it."""
     assert engine.speculation is not None
-    calls = {size: _timed(engine, engine.speculation.verify, (rows, size), ()) for size in _sizes(most)}
-    drafter = engine.speculation.drafter
+    verify, drafter = engine.speculation.verify, engine.speculation.drafter
+    calls = {size: _timed(engine, [_Call(verify, (rows, size))]) for size in _sizes(most)}
     if isinstance(drafter, Chain):
         operands = _operands(engine, rows) if drafter.features else ()
-        calls[0] = _timed(engine, drafter.entry, (rows, 1), operands)
+        # After a step, whose weights have pushed the drafter's out of what is close at hand.
+        calls[0] = _timed(engine, [_Call(verify, (rows, 1)), _Call(drafter.entry, (rows, 1), operands)])
     times = {size: list[float]() for size in calls}
     for _ in range(RUNS if rows == 1 else RUNS // 2):
         for size, call in calls.items():
@@ -146,7 +147,8 @@ def measure(engine: Engine, most: int, rows: int = 1) -> Costs:
     step = least[1]
     known = sorted(size for size in least if size)
     curve = np.interp(np.arange(1, most + 2), known, [least[size] / step for size in known])
-    return Costs(tuple(float(c) for c in np.maximum.accumulate(curve)), least.get(0, 0.0) / step, step)
+    draft = max(0.0, least.get(0, step) / step - 1)
+    return Costs(tuple(float(c) for c in np.maximum.accumulate(curve)), draft, step)
 
 
 def _sizes(most: int) -> list[int]:
@@ -161,36 +163,55 @@ def _operands(engine: Engine, rows: int) -> tuple[Any, ...]:
     return (jnp.zeros(shapes[1].shape, shapes[1].dtype),)
 
 
-def _timed(
-    engine: Engine, call: Callable[..., Any], shape: tuple[int, int], operands: Sequence[Any]
-) -> Callable[[], float]:
-    """Seconds of a call on tokens [b,t] after a prompt's worth; it also takes the likeliest token."""
-    tokens = jnp.ones(shape, jnp.int32)
-    shapes = jax.eval_shape(call, engine.params, tokens[:, :1], *operands)[-1]
-    zeros = jax.tree.map(lambda x: jnp.zeros((x.shape[0], 256, *x.shape[2:]), x.dtype), shapes.entries)
-    cache = replace(shapes, lengths=jnp.full(shape[0], READ, jnp.int32), entries=zeros)
+@dataclass(frozen=True)
+class _Call:
+    """A function of the program, on tokens [b,t] after a prompt's worth, and other operands of it."""
 
-    def turn(params: Any, _: Any, carry: Any) -> Any:
+    entry: Callable[..., Any]
+    shape: tuple[int, int]
+    operands: tuple[Any, ...] = ()
+
+    def begin(self, params: Any) -> Any:
+        """Tokens, operands and a cache to call it with."""
+        tokens = jnp.ones(self.shape, jnp.int32)
+        shapes = jax.eval_shape(self.entry, params, tokens[:, :1], *self.operands)[-1]
+        zeros = jax.tree.map(lambda x: jnp.zeros((x.shape[0], 256, *x.shape[2:]), x.dtype), shapes.entries)
+        cache = replace(shapes, lengths=jnp.full(self.shape[0], READ, jnp.int32), entries=zeros)
+        return jax.tree.map(jnp.copy, (tokens, self.operands, cache))  # they are donated
+
+    def turn(self, params: Any, carry: Any, said: jax.Array) -> Any:
+        """Calls it; each call reads what the one before it said, [b,1]: else they would run at once, or not at all."""
         tokens, operands, cache = carry
-        logits, *others, after = call(params, tokens, *operands, cache)
-        # Each call reads what the one before it made: else a compiler would take work out of the loop.
+        logits, *others, after = self.entry(params, jnp.maximum(tokens, said), *operands, cache)
         tokens = jnp.minimum(jnp.argmax(logits, axis=-1).astype(jnp.int32), 1)
         return tokens, tuple(others[: len(operands)]), replace(after, lengths=cache.lengths)
 
-    def turns(params: Any, carry: Any) -> Any:
-        return lax.fori_loop(0, TURNS, partial(turn, params), carry)
 
-    held = [jax.tree.map(jnp.copy, (tokens, tuple(operands), cache))]  # they are donated
-    ready = jax.jit(regions(turns), donate_argnums=1).lower(engine.params, held[0]).compile()
+def _timed(engine: Engine, calls: Sequence[_Call]) -> Callable[[], float]:
+    """Seconds of these calls, one after the other; of each also the likeliest token is taken."""
 
-    def run() -> float:
+    def turns(params: Any, carry: Any, count: jax.Array) -> Any:
+        def turn(_: Any, carry: Any) -> Any:
+            out, said = list[Any](), carry[-1][0][:, :1]
+            for call, mine in zip(calls, carry, strict=True):
+                out.append(call.turn(params, mine, said))
+                said = out[-1][0][:, :1]
+            return out
+
+        return lax.fori_loop(0, count, turn, carry)
+
+    held = [[call.begin(engine.params) for call in calls]]
+    ready = jax.jit(regions(turns), donate_argnums=1).lower(engine.params, held[0], jnp.int32(1)).compile()
+
+    def run(count: int) -> float:
         start = time.perf_counter()
-        held[0] = ready(engine.params, held[0])
-        held[0][0].block_until_ready()
-        return (time.perf_counter() - start) / TURNS
+        held[0] = ready(engine.params, held[0], jnp.int32(count))
+        held[0][0][0].block_until_ready()
+        return (time.perf_counter() - start) / count
 
-    run()
-    return run
+    run(1)
+    count = max(1, min(TURNS, int(ENOUGH / run(1))))
+    return lambda: run(count)
 
 
 def accepted(engine: Engine, prompts: Sequence[list[int]]) -> tuple[tuple[float, ...], Drafted]:

@@ -124,11 +124,12 @@ inline void Finish(const Matrix& m, const Memory& memory, int64_t row, int64_t p
   }
 }
 
-// The codes of one piece times R rows: sums of each row, half of the panel, and digit.
+// The codes of one piece of `count` places times R rows: sums of each row, half of the panel, and digit.
 template <int R, int D, int BITS>
-inline const uint8_t* Piece(const uint8_t* codes, const char* x, int64_t block, int64_t wide, int64_t from, int64_t to,
-                            VI (&sums)[R][2][D]) {
-  for (int64_t i = from; i < to; i += 4, codes += BITS == 4 ? 64 : 128) {
+inline void Piece(const uint8_t* codes, const char* x, int64_t block, int64_t wide, int64_t count,
+                  VI (&sums)[R][2][D]) {
+  constexpr int64_t bytes = BITS == 4 ? 64 : 128;
+  for (int64_t i = 0; i < count; i += 4, codes += bytes) {
     VI first, second;
     Codes<BITS>(codes, first, second);
     // A hint may point past the end: it never faults. As far ahead as was fastest.
@@ -143,42 +144,50 @@ inline const uint8_t* Piece(const uint8_t* codes, const char* x, int64_t block, 
       }
     }
   }
-  return codes;
 }
 
-// R rows from `row` times the columns of one panel; D digits.
-template <int R, int D, int BITS>
+constexpr int64_t kUsual = 32;  // places of a piece whose loop is unrolled
+
+// R rows from `row` times the columns of one panel; D digits, scales of TYPE.
+template <int R, int D, int BITS, int64_t TYPE>
 void Block(const Matrix& m, const Memory& memory, int64_t row, int64_t panel) {
   const int64_t inner = m.op.inner, piece = m.op.piece, group = m.op.group, block = m.op.block;
   const char* x = memory.At<char>(m.op.quantized) + row * block;
   const Digits first = RowDigits(const_cast<char*>(x), inner, piece, D);
   const int64_t wide = first.digit[1] - first.digit[0];
+  const char *size = reinterpret_cast<const char*>(first.scale), *total = reinterpret_cast<const char*>(first.sum);
   const uint8_t* codes = m.codes + panel * m.panel_bytes;
   V y[R][2] = {};
-  for (int64_t k = 0, p = 0, g = 0, left = group; k < inner; k += piece, ++p) {
+  int64_t at = panel * m.groups * kPanel;  // of scales and zeros
+  for (int64_t k = 0, left = group; k < inner; k += piece, x += piece, size += 4, total += 4) {
     VI sums[R][2][D];
-    int32_t total[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      total[r] = LoadAs<int32_t>(reinterpret_cast<const char*>(first.sum + p) + r * block);
+      const VI offset = (VI{} - LoadAs<int32_t>(total + r * block)) << (BITS == 4 ? 3 : 7);
       for (int v = 0; v < 2; ++v) {
         sums[r][v][0] = VI{};
-        sums[r][v][D - 1] = VI{} - total[r] * (BITS == 4 ? 8 : 128);
+        sums[r][v][D - 1] = offset;
       }
     }
-    codes = Piece<R, D, BITS>(codes, x, block, wide, k, std::min(inner, k + piece), sums);
+    const int64_t count = std::min(inner - k, piece);
+    if (count == kUsual) {
+      Piece<R, D, BITS>(codes, x, block, wide, kUsual, sums);
+    } else {
+      Piece<R, D, BITS>(codes, x, block, wide, count, sums);
+    }
+    codes += count * (BITS == 4 ? 16 : 32);
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      const V scale = m.Scale(panel, g, v);
+      const V scale = Widen(m.scales, TYPE, at + v * kLanes);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const auto size = LoadAs<float>(reinterpret_cast<const char*>(first.scale + p) + r * block);
         V value = __builtin_convertvector(D == 2 ? (sums[r][v][0] << 8) + sums[r][v][D - 1] : sums[r][v][0], V);
-        if (m.zeros) value -= m.Zero(panel, g, v) * static_cast<float>(total[r]);
-        y[r][v] += value * (scale * size);
+        const auto sum = static_cast<float>(LoadAs<int32_t>(total + r * block));
+        if (m.zeros) value -= Widen(m.zeros, TYPE, at + v * kLanes) * sum;
+        y[r][v] += value * (scale * LoadAs<float>(size + r * block));
       }
     }
-    if ((left -= piece) <= 0) ++g, left = group;
+    if ((left -= piece) <= 0) at += kPanel, left = group;
   }
   for (int r = 0; r < R; ++r) Finish(m, memory, row + r, panel, y[r]);
 }
@@ -201,18 +210,27 @@ inline void FloatBlock(const Matrix& m, const Memory& memory, int64_t row, int64
   Finish(m, memory, row, panel, y);
 }
 
-template <int D, int BITS>
-void Rows(const Matrix& m, const Memory& memory, int64_t panel) {
+template <int D, int BITS, int64_t TYPE>
+void Blocks(const Matrix& m, const Memory& memory, int64_t panel) {
   const int64_t rows = m.op.rows;
   for (int64_t r = 0; r < rows; r += kRowBlock) {
     switch (rows - r) {
-      case 1: Block<1, D, BITS>(m, memory, r, panel); break;
-      case 2: Block<2, D, BITS>(m, memory, r, panel); break;
-      case 3: Block<3, D, BITS>(m, memory, r, panel); break;
-      default: Block<4, D, BITS>(m, memory, r, panel);
+      case 1: Block<1, D, BITS, TYPE>(m, memory, r, panel); break;
+      case 2: Block<2, D, BITS, TYPE>(m, memory, r, panel); break;
+      case 3: Block<3, D, BITS, TYPE>(m, memory, r, panel); break;
+      default: Block<4, D, BITS, TYPE>(m, memory, r, panel);
     }
   }
-  for (int64_t r = 0; r < rows; ++r) {
+}
+
+template <int D, int BITS>
+void Rows(const Matrix& m, const Memory& memory, int64_t panel) {
+  switch (m.op.type) {
+    case kF32: Blocks<D, BITS, kF32>(m, memory, panel); break;
+    case kF16: Blocks<D, BITS, kF16>(m, memory, panel); break;
+    default: Blocks<D, BITS, kBF16>(m, memory, panel);
+  }
+  for (int64_t r = 0; r < m.op.rows; ++r) {
     const Digits x = RowDigits(memory.At<char>(m.op.quantized) + r * m.op.block, m.op.inner, m.op.piece, D);
     if (*x.odd) FloatBlock(m, memory, r, panel);
   }
