@@ -16,7 +16,8 @@ namespace effc {
 
 constexpr int64_t kSpan = 128;   // keys
 constexpr int64_t kQueries = 32;  // rows of q that a task of many tokens takes, if heads allow
-constexpr int64_t kMany = 12;     // rows of q that make turning keys worth it
+constexpr int64_t kMany = 28;     // rows of q that make turning keys worth it
+constexpr int64_t kEarly = 2048;  // bytes of keys that are asked for early
 
 constexpr float kLeast = -std::numeric_limits<float>::infinity();
 
@@ -95,22 +96,44 @@ inline void Scores(const Queries& q, int64_t i, const char* key, int64_t bytes, 
   }
 }
 
+// A hint may point past the end: it never faults.
+inline void Ahead(const char* at, int64_t by, int64_t bytes) {
+  const auto from = reinterpret_cast<uintptr_t>(at) + by;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(from + i));
+}
+
+// Spans end before hardware has seen what comes next: the first rows of q ask for keys, and for the values that follow.
 template <int64_t KIND, int R>
-void ScoreRows(const Queries& q, int64_t i, const Stretch& keys, int64_t first, int64_t last, float* scores) {
+void ScoreRows(const Queries& q, int64_t i, const Stretch& keys, const Stretch& values, int64_t first, int64_t last,
+               float* scores) {
   int64_t j = first;
-  for (; j + 4 <= last; j += 4) Scores<KIND, R, 4>(q, i, keys.at + j * keys.bytes, keys.bytes, scores + j);
+  for (; j + 4 <= last; j += 4) {
+    if (i == 0) {
+      Ahead(keys.at, j * keys.bytes + kEarly, 4 * keys.bytes);
+      Ahead(values.at, j * values.bytes, 4 * values.bytes);
+    }
+    Scores<KIND, R, 4>(q, i, keys.at + j * keys.bytes, keys.bytes, scores + j);
+  }
   for (; j < last; ++j) Scores<KIND, R, 1>(q, i, keys.at + j * keys.bytes, keys.bytes, scores + j);
 }
 
+// Rows of q that are taken at once, 4 at most: as many each time.
+inline int64_t AtOnce(int64_t count) {
+  const int64_t times = (count + 3) / 4;
+  return (count + times - 1) / times;
+}
+
 template <int64_t KIND>
-void ScoreAll(const Queries& q, const Stretch& keys, int64_t first, int64_t last, float* scores) {
-  for (int64_t i = 0; i < q.count; i += 4) {
+void ScoreAll(const Queries& q, const Stretch& keys, const Stretch& values, int64_t first, int64_t last,
+              float* scores) {
+  const int64_t each = AtOnce(q.count);
+  for (int64_t i = 0; i < q.count; i += each) {
     float* to = scores + i * kSpan;
-    switch (q.count - i) {
-      case 1: ScoreRows<KIND, 1>(q, i, keys, first, last, to); break;
-      case 2: ScoreRows<KIND, 2>(q, i, keys, first, last, to); break;
-      case 3: ScoreRows<KIND, 3>(q, i, keys, first, last, to); break;
-      default: ScoreRows<KIND, 4>(q, i, keys, first, last, to);
+    switch (std::min(each, q.count - i)) {
+      case 1: ScoreRows<KIND, 1>(q, i, keys, values, first, last, to); break;
+      case 2: ScoreRows<KIND, 2>(q, i, keys, values, first, last, to); break;
+      case 3: ScoreRows<KIND, 3>(q, i, keys, values, first, last, to); break;
+      default: ScoreRows<KIND, 4>(q, i, keys, values, first, last, to);
     }
   }
 }
@@ -146,13 +169,13 @@ inline void ScoreTogether(const Queries& q, const float* keys, int64_t first, in
 }
 
 // One row's scores first..last to powers of what they are less than the largest, times the scales of values; what is
-// outside weighs 0. All of a span: kSpan places.
+// outside weighs 0. Of the `places` of a span, rounded up to whole vectors.
 inline void Powers(const Attention& op, float* scores, const float* key_scales, const float* value_scales,
-                   int64_t first, int64_t last, float* most, float* total) {
+                   int64_t places, int64_t first, int64_t last, float* most, float* total) {
   const auto scale = static_cast<float>(Number(op.scale)), cap = static_cast<float>(Number(op.softcap));
   const V at = Places(), from = Fill(static_cast<float>(first)), to = Fill(static_cast<float>(last));
   V largest = Fill(kLeast), sum = {};
-  for (int64_t j = 0; j < kSpan; j += kLanes) {
+  for (int64_t j = 0; j < places; j += kLanes) {
     V x = Load(scores + j) * scale;
     if (key_scales) x *= Load(key_scales + j);
     if (cap != 0.0f) x = cap * Tanh(x / cap);
@@ -163,7 +186,7 @@ inline void Powers(const Attention& op, float* scores, const float* key_scales, 
   }
   *most = Largest(largest);
   const float less = *most == kLeast ? 0.0f : *most;
-  for (int64_t j = 0; j < kSpan; j += kLanes) {
+  for (int64_t j = 0; j < places; j += kLanes) {
     V x = Exp(Load(scores + j) - less);
     sum += x;
     if (value_scales) x *= Load(value_scales + j);
@@ -219,11 +242,11 @@ void MixRows(const Stretch& values, int64_t width, const float* weights, int64_t
 template <int64_t KIND>
 void MixAll(const Queries& q, const Stretch& values, const float* weights, int64_t first, int64_t last,
             const Softmax& to) {
-  const int64_t width = q.op.value_width;
-  for (int64_t i = 0; i < q.count; i += 4) {
+  const int64_t width = q.op.value_width, each = AtOnce(q.count);
+  for (int64_t i = 0; i < q.count; i += each) {
     float* sums = to.sums + i * to.stride;
     const float* from = weights + i * kSpan;
-    switch (q.count - i) {
+    switch (std::min(each, q.count - i)) {
       case 1: MixRows<KIND, 1>(values, width, from, first, last, sums, to.stride); break;
       case 2: MixRows<KIND, 2>(values, width, from, first, last, sums, to.stride); break;
       case 3: MixRows<KIND, 3>(values, width, from, first, last, sums, to.stride); break;
@@ -271,17 +294,17 @@ inline void Span(const Queries& q, int64_t begin, int64_t first, int64_t last, R
     ScoreTogether(q, reinterpret_cast<const float*>(k.at), first, last, scores, room.turned.data());
   } else {
     switch (k.kind) {
-      case kWhole: ScoreAll<kWhole>(q, k, first, last, scores); break;
-      case kHalf: ScoreAll<kHalf>(q, k, first, last, scores); break;
-      case kBytes: ScoreAll<kBytes>(q, k, first, last, scores); break;
-      default: ScoreAll<kNibbles>(q, k, first, last, scores);
+      case kWhole: ScoreAll<kWhole>(q, k, v, first, last, scores); break;
+      case kHalf: ScoreAll<kHalf>(q, k, v, first, last, scores); break;
+      case kBytes: ScoreAll<kBytes>(q, k, v, first, last, scores); break;
+      default: ScoreAll<kNibbles>(q, k, v, first, last, scores);
     }
   }
   for (int64_t i = 0; i < q.count; ++i) {
     const int64_t from = std::max<int64_t>(0, First(q.op.seen, q.Position(i)) - begin);
     const int64_t stop = std::min(kSpan, Last(q.op.seen, q.Position(i)) - begin);
     float most, total, *sums = to.sums + i * to.stride;
-    Powers(q.op, scores + i * kSpan, key_scales, value_scales, from, stop, &most, &total);
+    Powers(q.op, scores + i * kSpan, key_scales, value_scales, last, from, stop, &most, &total);
     float old = 0.0f, mine = 1.0f;
     if (add) {
       const float all = std::max(most, to.most[i]), less = all == kLeast ? 0.0f : all;

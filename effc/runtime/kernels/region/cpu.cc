@@ -75,9 +75,9 @@ ffi::Error Region(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
   // Threads that come when all is done look at this alone.
   auto work = std::make_shared<effc::Work>(program.begin(), std::move(memory), threads);
   for (int64_t i = 1; i < threads; ++i) {
-    pool.Schedule([work] { work->Go(); });
+    pool.Schedule([work, i] { work->Go(i); });
   }
-  work->Go();
+  work->Go(0);
   return ffi::Error::Success();
 }
 

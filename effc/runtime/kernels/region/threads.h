@@ -24,6 +24,8 @@ namespace effc {
 
 constexpr int64_t kFew = 16;  // rows that are not worth cutting finely
 constexpr int kPatience = 1 << 14;  // turns before a waiting thread sleeps: some tenths of a millisecond
+constexpr int64_t kParts = 8;  // parts of a stage's tasks at most, a thread's own first
+constexpr int64_t kHoard = 64 << 10;  // bytes of the next product that a waiting thread asks for
 
 inline void Pause() {
 #ifdef EFFC_X86
@@ -32,7 +34,13 @@ inline void Pause() {
 }
 
 struct alignas(64) Progress {
-  std::atomic<int64_t> next{0}, done{0};
+  std::atomic<int64_t> next[kParts] = {}, done{0};
+};
+
+// The stretch of memory that a thread reads first in the next product; it grows shorter as it is asked for.
+struct Hoard {
+  uintptr_t at = 0, stop = 0;
+  size_t stage = 0;
 };
 
 class Work {
@@ -46,21 +54,24 @@ class Work {
     }
     for (const Stage* stage : stages_) counts_.push_back(stage->flag < 0 ? Tasks(*stage) : 0);
     for (const Stage* stage : stages_) branches_.push_back({stage->flag, stage->wanted});
+    for (const Stage* stage : stages_) codes_.push_back(Codes(*stage));
     progress_ = std::vector<Progress>(stages_.size());
     flags_ = std::vector<std::atomic<int64_t>>(header->flags);
   }
 
   // Until every stage is done, whoever did it. Program and buffers may be gone when a thread comes late: without
-  // a task in hand it looks at counts alone.
-  void Go() {
+  // a task in hand it looks at counts and addresses alone. me: the number of the thread.
+  void Go(int64_t me) {
+    const int64_t parts = std::min(threads_, kParts), mine = me % parts;
+    Hoard hoard;
     for (size_t i = 0; i < stages_.size(); ++i) {
       Progress& progress = progress_[i];
       const Branch& branch = branches_[i];
       if (branch.flag >= 0 && flags_[branch.flag].load(std::memory_order_relaxed) != branch.wanted) continue;
       const int64_t count = counts_[i];
       for (int64_t task; progress.done.load(std::memory_order_acquire) < count;) {
-        if (progress.next.load(std::memory_order_relaxed) >= count || (task = progress.next.fetch_add(1)) >= count) {
-          Wait(progress, count);
+        if ((task = Take(progress, parts, mine, count)) < 0) {
+          Wait(progress, count, Upcoming(hoard, i, me));
           break;
         }
         RunTask(*stages_[i], task);
@@ -70,10 +81,28 @@ class Work {
   }
 
  private:
-  void Wait(const Progress& progress, int64_t count) {
+  // A task nobody has, of the thread's own part as long as there is one: part, part + parts, ...; else -1.
+  static int64_t Take(Progress& progress, int64_t parts, int64_t mine, int64_t count) {
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t part = (mine + i) % parts;
+      const auto task = [&](int64_t n) { return part + n * parts; };
+      if (task(progress.next[part].load(std::memory_order_relaxed)) >= count) continue;
+      const int64_t taken = task(progress.next[part].fetch_add(1));
+      if (taken < count) return taken;
+    }
+    return -1;
+  }
+
+  // Memory is idle while a thread waits: it asks for what it reads next.
+  void Wait(const Progress& progress, int64_t count, Hoard& hoard) {
     for (int turn = 0; turn < kPatience; ++turn) {
       if (progress.done.load(std::memory_order_acquire) >= count) return;
-      Pause();
+      if (hoard.at < hoard.stop) {
+        __builtin_prefetch(reinterpret_cast<const void*>(hoard.at), 0, 2);
+        hoard.at += 64;
+      } else {
+        Pause();
+      }
     }
     std::unique_lock<std::mutex> lock(lock_);
     sleepers_.fetch_add(1);
@@ -91,6 +120,32 @@ class Work {
   struct Branch {
     int64_t flag, wanted;
   };
+
+  // Where the first product of a stage lies, its tasks and their bytes; no tasks where there is none.
+  struct Stretches {
+    uintptr_t at = 0;
+    int64_t tasks = 0, bytes = 0;
+  };
+
+  Stretches Codes(const Stage& stage) const {
+    const Op* op = First(stage);
+    if (stage.rows || op->code != kLinear) return {};
+    const Matrix m(static_cast<const Linear&>(*op), memory_);
+    return {reinterpret_cast<uintptr_t>(m.codes), TasksOf(m, threads_), PanelsOfTask(m, threads_) * m.panel_bytes};
+  }
+
+  // What the thread reads first in the next product after this stage.
+  Hoard& Upcoming(Hoard& hoard, size_t stage, int64_t me) const {
+    size_t i = stage + 1;
+    while (i < stages_.size() && !codes_[i].tasks) ++i;
+    if (i < stages_.size() && i != hoard.stage) {
+      const Stretches& codes = codes_[i];
+      const int64_t mine = (codes.tasks - me + threads_ - 1) / threads_;
+      const uintptr_t from = codes.at + Place(me, codes.tasks, threads_) * codes.bytes;
+      hoard = {from, from + std::max<int64_t>(0, std::min(kHoard, mine * codes.bytes)), i};
+    }
+    return hoard;
+  }
 
   static const Op* First(const Stage& stage) { return reinterpret_cast<const Op*>(&stage + 1); }
   static const Op* Next(const Op* op) {
@@ -165,6 +220,7 @@ class Work {
   std::vector<const Stage*> stages_;
   std::vector<int64_t> counts_;
   std::vector<Branch> branches_;
+  std::vector<Stretches> codes_;
   std::vector<Progress> progress_;
   std::vector<std::atomic<int64_t>> flags_;
   std::mutex lock_;

@@ -71,7 +71,10 @@ inline void SumFour(const V* x, float* to) {
   const V first = __builtin_shuffle(x[0], x[1], even) + __builtin_shuffle(x[0], x[1], odd);
   const V second = __builtin_shuffle(x[2], x[3], even) + __builtin_shuffle(x[2], x[3], odd);
   const V all = __builtin_shuffle(first, second, low) + __builtin_shuffle(first, second, high);
-  for (int i = 0; i < 4; ++i) to[i] = (all[i] + all[i + 4]) + (all[i + 8] + all[i + 12]);
+  const VI eight = {8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7};
+  const VI four = {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11};
+  const V halves = all + __builtin_shuffle(all, eight), whole = halves + __builtin_shuffle(halves, four);
+  std::memcpy(to, &whole, 4 * sizeof(float));
 }
 
 inline V Places() { return V{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
