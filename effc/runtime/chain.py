@@ -30,6 +30,9 @@ PRIOR = (0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.65, 0.7, 0.8, 0.85, 0.9)
 PROMPT = 64
 """Tokens of a prompt read at a time."""
 
+NEXT = 0.6
+"""How often a token after drafts that are right is right, before it is made."""
+
 FEW = 8
 """Tokens of which it is cheaper to have all logits than to stop at the last layer for which row is the last."""
 
@@ -45,6 +48,7 @@ Said = tuple[jax.Array, ...]
 class Chain:
     """entry(params, tokens, [features,] cache, valid) -> (logits, [features,] cache).
 
+    floor, onward: how likely drafts must be right to their end for being sent, and for one more to be made.
     ids: name of the parameter with the target's number of each of its tokens, if it has fewer;
     shared: how many cache entries are the target's own; features: whether it is a head. rule: a cascade's, which
     needs q of the token after the drafts too; alone: drafts as long as the rule keeps them, whatever pays.
@@ -53,6 +57,7 @@ class Chain:
     entry: Callable[..., Any]
     widths: Widths
     floor: float
+    onward: float
     context: int | None = None
     ids: str = ""
     shared: int = 0
@@ -217,15 +222,16 @@ class _Draft:
         chance = jnp.take_along_axis(self.state["table"].chances, level[:, None], axis=1)[:, 0]
         reach = carry["reach"] * chance
         own = None if proposal.own is None else self._own(said[0], carry["seen"], proposal.own.shape[-1])
-        on = carry["on"] & (self._keeps(own, i) if self.chain.alone else reach >= self.chain.floor)
-        on &= i < self.chain.widths.most
+        sent = carry["on"] & (self._keeps(own, i) if self.chain.alone else reach >= self.chain.floor)
+        sent &= i < self.chain.widths.most
         token, q, seen = self._token(said[0], carry)
         proposal = Proposal(
             _put(proposal.tokens, token, i), _put(proposal.levels, level, i),
-            jnp.maximum(proposal.there, jnp.where(on, i + 1, 0)), proposal.count + on,
+            jnp.maximum(proposal.there, jnp.where(sent, i + 1, 0)), proposal.count + sent,
             None if q is None or proposal.q is None else _put(proposal.q, q, i), proposal.beyond,
             None if own is None or proposal.own is None else _put(proposal.own, own, i),
         )  # fmt: skip
+        on = sent if self.chain.alone else sent & (reach >= self.chain.onward)
         return {**carry, "i": i + 1, "reach": reach, "on": on, "proposal": proposal, "seen": seen}
 
     def _own(self, logits: jax.Array, seen: jax.Array | None, size: int) -> jax.Array:

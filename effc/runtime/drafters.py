@@ -68,7 +68,8 @@ class Speculation:
     def _drafter(self, sizes: Widths) -> Drafter:
         """The drafter that goes by these costs."""
         if isinstance(self.drafter, Chain):
-            return replace(self.drafter, widths=sizes, floor=floor(sizes))
+            floor, onward = floors(sizes)
+            return replace(self.drafter, widths=sizes, floor=floor, onward=onward)
         return replace(self.drafter, widths=sizes) if isinstance(self.drafter, Lookup) else self.drafter
 
     def begin(
@@ -167,7 +168,7 @@ def _chain(program: Program, params: Any, asked: Mapping[str, Any]) -> Speculati
     limits = [limit for limit in (program.context, asked.get("context")) if limit is not None]
     cascade = _cascade(asked)
     drafter = Chain(
-        entry, sizes, floor(sizes), min(limits, default=None),
+        entry, sizes, *floors(sizes), min(limits, default=None),
         ids=str(asked.get("vocab", "")), shared=shared, features=verify is not None,
         rule=cascade.rule if cascade else "", alone=cascade is not None and cascade.alone,
     )  # fmt: skip
@@ -209,13 +210,13 @@ def _widths(asked: Mapping[str, Any]) -> Widths:
     curve = asked.get("curve") or [1 + SLOPE * n for n in range(gamma + 1)]
     cost = float(asked.get("cost", COST if "drafter" in asked else 0))
     many = (asked["curve8"], float(asked.get("cost8", cost))) if asked.get("curve8") else None
-    return widths(gamma, curve, cost, many)
+    return widths(gamma, curve, cost, many, max(1.0, float(asked.get("predicted", 1.0))))
 
 
-def floor(sizes: Widths) -> float:
-    """How likely a draft must be right to its end for one token more to pay: what that token costs."""
+def floors(sizes: Widths) -> tuple[float, float]:
+    """How likely drafts must be right to their end to pay: sent as they are, and for one more, which costs too."""
     slope = (sizes.costs[-1] - sizes.costs[0]) / max(1, sizes.most)
-    return slope + sizes.draft
+    return sizes.rate * slope, sizes.rate * (slope + sizes.draft) / chain.NEXT
 
 
 def _history(prompts: Sequence[Sequence[int]], room: int) -> jax.Array:

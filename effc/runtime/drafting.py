@@ -74,13 +74,15 @@ MANY = 8
 class Widths:
     """Draft lengths that are compiled, from 0 up; in plain steps, what verifying n tokens costs and making one.
 
-    many: both for MANY sequences at once, where they were measured.
+    many: both for MANY sequences at once, where they were measured. rate: tokens that a plain step's time is worth,
+    of one sequence.
     """
 
     sizes: tuple[int, ...]
     costs: tuple[float, ...]
     draft: float = 0.0
     many: tuple[tuple[float, ...], float] | None = None
+    rate: float = 1.0
 
     def at(self, rows: int) -> Widths:
         """With the costs of a batch of so many sequences: between those measured, by its logarithm."""
@@ -107,8 +109,9 @@ class Widths:
 
 
 def widths(
-    gamma: int, verify: Sequence[float], draft: float = 0.0, many: tuple[Sequence[float], float] | None = None
-) -> Widths:
+    gamma: int, verify: Sequence[float], draft: float = 0.0, many: tuple[Sequence[float], float] | None = None,
+    rate: float = 1.0,
+) -> Widths:  # fmt: skip
     """For drafts of up to gamma tokens; verify[k] is what a call on k+1 tokens costs, in calls on one."""
     halves = ((gamma + 1) // 2, gamma) if gamma < 9 else (gamma // 4, gamma // 2, gamma)
     # Few drafts are cheap to compile for, and each one sent for nothing is a large part of what they gain.
@@ -118,7 +121,7 @@ def widths(
         sent = (next(s for s in sizes if s >= n) for n in range(gamma + 1))
         return tuple(curve[min(n, len(curve) - 1)] for n in sent)
 
-    return Widths(sizes, costs(verify), draft, many and (costs(many[0]), many[1]))
+    return Widths(sizes, costs(verify), draft, many and (costs(many[0]), many[1]), rate)
 
 
 @partial(

@@ -102,7 +102,8 @@ def foreseen(
     """As `planned`, the engine as for `timed`. known: what that gave; then the speed-up is left to be measured."""
     most = _most(made_by, module)
     costs, many = known or timed(made_by, module, engine)
-    engine = decoding(engine, _with(module, {"gamma": most, "acceptance": _eager(module)}))
+    free: dict[str, Attr | Ref] = {"curve": (1.0,) * (most + 1), "cost": 0.0}
+    engine = decoding(engine, _with(module, {"gamma": most, "acceptance": _eager(module), **free}))
     prompts = measured_on(context, made_by.asks())
     levels, drafted = accepted(engine, prompts)
     found = forecast(drafted, costs, [made_by.gamma] if made_by.gamma else range(1, most + 1))
@@ -254,7 +255,7 @@ def fingerprint(module: Module) -> str:
 
 
 def _eager(module: Module) -> tuple[float, ...]:
-    """Chances with which every draft is sent in full: to see how often each level is right."""
+    """Chances with which, where drafts cost nothing, all are sent in full: to see how often each level is right."""
     return (0.999,) * (9 if module.decode and module.decode.attrs["kind"] == "lookup" else 11)
 
 
