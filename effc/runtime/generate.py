@@ -141,6 +141,10 @@ class Result:
     drawn: list[list[int]] = field(default_factory=list[list[int]])
 
 
+CHUNK, LARGE_CHUNK = 32, 128
+"""Tokens made between two looks at them. Starting the program anew takes as long as one or two steps."""
+
+
 @dataclass
 class Request:
     """What to generate. stop strings need `decode`, ids -> text."""
@@ -150,7 +154,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: Sequence[int] | None = None  # None: the engine's own
     seed: int = 0
-    chunk: int = 32
+    chunk: int = CHUNK
     stop: Sequence[str] = ()
     decode: Decoder | None = None
     exits: float | None = None  # threshold of early exits or a plain cascade, 1 never; None: the certified one
@@ -160,12 +164,15 @@ class Request:
 
 def generate(
     engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
-    sampling: Sampling | None = None, stop_ids: Sequence[int] | None = None, seed: int = 0, chunk: int = 32,
+    sampling: Sampling | None = None, stop_ids: Sequence[int] | None = None, seed: int = 0, chunk: int = 0,
     stop: Sequence[str] = (), decode: Decoder | None = None, exits: float | None = None,
     on_tokens: OnTokens | None = None, alpha: float | None = None,
 ) -> Result:  # fmt: skip
-    """Up to max_new_tokens after each prompt; a row's tokens do not depend on the other rows."""
-    how = sampling or Sampling()
+    """Up to max_new_tokens after each prompt; a row's tokens do not depend on the other rows.
+
+    chunk: tokens made between two looks at them; 0 is many where nobody reads along and no stop string may end them.
+    """
+    how, chunk = sampling or Sampling(), chunk or (CHUNK if stop or on_tokens else LARGE_CHUNK)
     request = Request(prompts, max_new_tokens, how, stop_ids, seed, chunk, stop, decode, exits, alpha)
     result = Result([[] for _ in prompts], ["length"] * len(prompts), Stats())
     for news in stream(engine, request, result):
