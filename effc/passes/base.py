@@ -102,6 +102,12 @@ def option(default: Any, doc: str, *, file: bool = False) -> Any:
     return field(default=default, metadata={"doc": doc, "file": file})
 
 
+def check_rate(where: str, lr: float) -> None:
+    """PassError where an option is no learning rate; 0 stands for the pass's own."""
+    if not 0 <= lr < 1:
+        raise PassError(f"{where}: lr is {lr:g}, want 0 (as usual) or more, less than 1")
+
+
 @dataclass(frozen=True)
 class Pass(ABC):
     """A rewrite of the module (`run`) and of its arrays (`weights`); the runner checks every claim below."""

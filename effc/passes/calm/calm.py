@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from effc.ir.core import Attr, Decode, Func, Module, Op, Ref, Value
 from effc.ir.rewrite import names_of, prune
 from effc.ir.types import Type
-from effc.passes.base import Exactness, Notes, Pass, PassError, Phase, option
+from effc.passes.base import Exactness, Notes, Pass, PassError, Phase, check_rate, option
 from effc.passes.calm import adapters
 from effc.passes.calm.checks import check_head, check_state, check_texts, exits_of
 from effc.passes.calm.shape import Shape, find
@@ -70,8 +70,7 @@ class Calm(Pass):
             object.__setattr__(self, "exactness", Exactness.LOSSY)
 
     def requires(self, module: Module) -> None:
-        if not 0 <= self.lr < 1:
-            raise PassError(f"calm: lr is {self.lr:g}, want 0 (as usual) or more, less than 1")
+        check_rate(self.name, self.lr)
         if module.decode is None or module.decode.strategy != "greedy":
             told = module.decode.strategy if module.decode else "nothing"
             raise PassError(f"calm: the module decodes by {told}, want greedy: calm comes first")

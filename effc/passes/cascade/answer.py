@@ -45,7 +45,8 @@ class Cascade(Cascading):
 
     def drafter(self) -> Draft:
         gamma = self.gamma or GAMMA
-        return _Drafter(self.small, gamma, self.model, self.layers, 0, self.lessons, force=self.force)
+        told = {"model": self.model, "layers": self.layers, "vocab": 0, "prompts": self.lessons}
+        return _Drafter(kind=self.small, gamma=gamma, force=self.force, **told)
 
     def requires(self, module: Module) -> None:
         if self.small == "head":

@@ -41,7 +41,8 @@ class SpecCascade(Cascading):
         return "alpha", self.alpha
 
     def drafter(self) -> Draft:
-        return _Drafter(self.small, self.gamma, self.model, self.layers, self.vocab, self.lessons, force=self.force)
+        told = {"model": self.model, "layers": self.layers, "vocab": self.vocab, "prompts": self.lessons}
+        return _Drafter(kind=self.small, gamma=self.gamma, force=self.force, **told)
 
     def run(self, module: Module, notes: Notes) -> Module:
         after = self.drafter().run(module, notes)

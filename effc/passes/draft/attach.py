@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from effc.ir.core import Attr, Decode, Module, Ref
 from effc.ir.types import Quant
-from effc.passes.base import Exactness, Notes, Pass, PassError, Phase, option
+from effc.passes.base import Exactness, Notes, Pass, PassError, Phase, check_rate, option
 from effc.passes.draft import exits, head
 from effc.passes.draft import model as beside
 from effc.passes.draft.parts import PREFIX, cut
@@ -56,8 +56,7 @@ class Draft(Pass):
             raise PassError(f"{self.name}: kind=exits, but the module has none, want calm beside draft")
         if self.gamma < 0 or self.layers < 0 or self.vocab < 0:
             raise PassError(f"{self.name}: gamma, layers and vocab, want 0 or more")
-        if not 0 <= self.lr < 1:
-            raise PassError(f"{self.name}: lr is {self.lr:g}, want 0 (as usual) or more, less than 1")
+        check_rate(self.name, self.lr)
         if (self.kind == "model") != bool(self.model):
             raise PassError(f"{self.name}: kind=model and model=PATH go together")
         if self.prompts and self.kind not in ("self", "head"):

@@ -73,8 +73,10 @@ def read(made_by: str, module: Module, store: Store, context: Context, source: S
     asked = prompts(context, source.prompts) if source.prompts else []
     folder = context.folder / f"lesson-{_key(module, store, context, source.features, asked[:ROWS_READ])}"
     spent = folder / "seconds"
-    there = answered(folder, asked) if source.prompts else len(list(kept(folder)))
-    seconds = float(spent.read_text()) if there and spent.exists() else 0.0
+    before = len(list(kept(folder)))
+    there = answered(folder, asked) if source.prompts else before
+    # What is dropped of a lesson took its share of the time.
+    seconds = float(spent.read_text()) * there / before if there and spent.exists() else 0.0
     if not there or _reads_on(context.budget, there * ROWS_READ, seconds):
         reader = scribe(made_by, module, store, context, source.features)
         for number, chunk in enumerate(islice(_chunks(reader, context, asked), there, None), there):
