@@ -41,7 +41,8 @@ NEW = 64
 """Tokens that follow each prompt."""
 
 RUNS = 15
-"""Timings of a call, in turn with the others; the least counts: what else the machine does only adds to it."""
+"""Timings of a call, in turn with the others. Ratios within a turn count, of these the median: how fast memory is
+changes within seconds, hardly within a turn."""
 
 ENOUGH, TURNS = 0.04, 64
 """Seconds of a timing, and calls at most: in a loop on the device as while decoding, since starting a program takes
@@ -144,12 +145,11 @@ def measure(engine: Engine, most: int, rows: int = 1) -> Costs:
     for _ in range(RUNS if rows == 1 else RUNS // 2):
         for size, call in calls.items():
             times[size].append(call())
-    least = {size: min(seconds) for size, seconds in times.items()}
-    step = least[1]
-    known = sorted(size for size in least if size)
-    curve = np.interp(np.arange(1, most + 2), known, [least[size] / step for size in known])
-    draft = max(0.0, least.get(0, step) / step - 1)
-    return Costs(tuple(float(c) for c in np.maximum.accumulate(curve)), draft, step)
+    ratios = {size: float(np.median(np.divide(seconds, times[1]))) for size, seconds in times.items()}
+    known = sorted(size for size in ratios if size)
+    curve = np.interp(np.arange(1, most + 2), known, [ratios[size] for size in known])
+    draft = max(0.0, ratios.get(0, 1.0) - 1)
+    return Costs(tuple(float(c) for c in np.maximum.accumulate(curve)), draft, min(times[1]))
 
 
 def _sizes(most: int) -> list[int]:
