@@ -262,7 +262,7 @@ def _context(module: Module, store: Store, folder: Path, **more: object) -> Cont
     return Context("calm", module, store, None, heldout, None, folder, window=24, **more)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("finetune", [False, True])
+@pytest.mark.parametrize("finetune", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_brings_exits_to_the_last_layer(random_store, tmp_path: Path, finetune: bool):
     before = parse(TINY)
     made_by = Calm(first=3, every=6, finetune=finetune)

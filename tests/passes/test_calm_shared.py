@@ -198,6 +198,7 @@ def test_the_beginning_is_nearer_than_the_layers_own_matrices(random_store, tmp_
     assert all((fitted["layers.attn.k"].read(i)[""] == origin["layers.attn.k"].read(i)[""]).all() for i in (0, 1))
 
 
+@pytest.mark.slow
 def test_training_goes_through_the_layers_as_they_are_served(made, random_store, tmp_path: Path):
     module, store = made(replace(SHARED, head="own"))
     wide, _ = with_exits(module)

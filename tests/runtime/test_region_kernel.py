@@ -80,7 +80,7 @@ def terms(x: jax.Array, w: QArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @given(matrices())
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=5)
 def test_packing_loses_nothing(w: QArray) -> None:
     np.testing.assert_array_equal(packed(w).dequantize(), w.dequantize())
     assert packed(w).shape == w.shape

@@ -111,7 +111,7 @@ def test_what_is_written_follows_the_students_distribution(program: Program) -> 
     assert np.argmax(often) in np.argsort(told)[-3:]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("share", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_a_student_comes_near_its_teacher(program: Program, share: float) -> None:
     teacher, student = arrays(program, 0), arrays(program, 1)
     ids = np.random.default_rng(0).integers(0, vocab(program, teacher), 400).astype(np.int32)
