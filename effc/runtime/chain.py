@@ -7,7 +7,7 @@ and writes the target's own cache, which verification then writes again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,16 @@ the likeliest i32[b] and how likely it is, f32[b]; feature [b,d] of a head."""
 
 Said = tuple[jax.Array, ...]
 """As above, of every row [b,n,...]."""
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What is said after each row of a verification, and a cache that holds them all; fits bool[b]: rows of which it
+    begins where they end."""
+
+    made: dict[str, Any]
+    cache: Cache
+    fits: jax.Array
 
 
 @dataclass(frozen=True)
@@ -92,16 +102,29 @@ class Chain:
         }
         return own | ({"feature": jnp.zeros_like(features[:, 0])} if features is not None else {})
 
+    def ahead(
+        self, params: Any, state: State, choice: Choice, chosen: jax.Array, others: Sequence[jax.Array]
+    ) -> Ahead | None:
+        """A head reads what the target chooses after each token: where drafts stand, that is the text itself."""
+        if not (self.features and self.plain(choice)):
+            return None
+        own = self._opened(state)
+        made, cache = self._made(params, state, choice, chosen, others[0], own["cache"])
+        return Ahead(made, cache, own["cache"].lengths == state["cache"].lengths)
+
     def propose(
-        self, params: Any, state: State, numbers: Numbers, choice: Choice, first: bool = False
-    ) -> tuple[Proposal, State]:
+        self, params: Any, state: State, numbers: Numbers, choice: Choice, first: bool = False,
+        ahead: Ahead | None = None,
+    ) -> tuple[Proposal, State]:  # fmt: skip
         """Reads what is new, then drafts while the chance that all is right stays worth it."""
         going = ~state["done"] & (state["left"] > 0)
         pays = going & (state["left"] > 1) & (self.alone | state["table"].active)
         rows, size = going if self.rule else pays, PROMPT if first else self.reads
         if self.context is not None:  # padding must not run past a table of positions
             rows &= state["cache"].lengths + 1 + max(size, self.most) <= self.context
-        own = self._read(params, self._opened(state), state, rows, size, choice)
+        own = self._opened(state)
+        own = own if ahead is None else self._taken(own, ahead, state, rows)
+        own = self._read(params, own, state, rows, size, choice)
         own["sure"] = own["cache"].lengths
         draft = _Draft(self, params, state, numbers, choice)
         proposal, own = draft.run(own, rows, pays & rows)
@@ -126,12 +149,11 @@ class Chain:
         return {**state, "own": own if self.features else {**own, "sure": cache.lengths}}
 
     def _read(self, params: Any, own: Own, state: State, rows: jax.Array, size: int, choice: Choice) -> Own:
-        """Tokens that are known and not yet read, `size` at a time: mostly once."""
+        """Tokens that are known and not yet read, `size` at a time: mostly once, or not at all."""
         skip = int(self.features)  # a head reads token i+1 with the features of token i
-        goal = state["cache"].lengths + 1 - skip
 
         def lag(own: Own) -> jax.Array:
-            return jnp.where(rows, goal - own["cache"].lengths, 0)
+            return jnp.where(rows, self._lag(own, state), 0)
 
         def read(own: Own) -> Own:
             at = own["cache"].lengths
@@ -142,10 +164,23 @@ class Chain:
                 made, cache = self._made(params, state, choice, tokens, *operands, own["cache"], valid)
                 return self._grown(own, made, cache, valid > 0)
             made, cache = self._made(params, state, choice, tokens, *operands, own["cache"])
-            last = jax.tree.map(lambda x: _rows(x, jnp.maximum(valid - 1, 0), 1), made)
-            return self._grown(own, last, speculate.rolled_back(cache, at + valid), valid > 0)
+            return self._kept(own, made, cache, valid)
 
         return lax.while_loop(lambda own: jnp.any(lag(own) > 0), read, own)
+
+    def _lag(self, own: Own, state: State) -> jax.Array:
+        """i32[b]: tokens known and not yet read."""
+        return state["cache"].lengths + 1 - int(self.features) - own["cache"].lengths
+
+    def _taken(self, own: Own, ahead: Ahead, state: State, rows: jax.Array) -> Own:
+        """With what was made ahead, of rows that had read all there was."""
+        return self._kept(own, ahead.made, ahead.cache, jnp.where(rows & ahead.fits, self._lag(own, state), 0))
+
+    def _kept(self, own: Own, made: dict[str, Any], cache: Cache, valid: jax.Array) -> Own:
+        """With the first valid[b] rows of what was made from where `own` ends."""
+        last = jax.tree.map(lambda x: _rows(x, jnp.maximum(valid - 1, 0), 1), made)
+        lengths = own["cache"].lengths + valid
+        return self._grown(own, last, speculate.rolled_back(cache, lengths), valid > 0)
 
     def step(self, params: Any, own: Own, state: State, choice: Choice, token: jax.Array) -> Own:
         """After one draft token more."""

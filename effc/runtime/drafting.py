@@ -59,8 +59,13 @@ class Drafter(Protocol):
         """Whether tokens are drawn from q where sampling is asked for; else they are no draw."""
         ...
 
+    def ahead(self, params: Any, state: State, choice: Choice, chosen: jax.Array, others: Sequence[jax.Array]) -> Any:
+        """What of `propose` can be made while it is open which drafts stand, from what the target chooses after each
+        token of a call, i32[b,n], and what it gave beside logits; None where nothing can."""
+        ...
+
     def propose(
-        self, params: Any, state: State, numbers: Numbers, choice: Choice, first: bool = False
+        self, params: Any, state: State, numbers: Numbers, choice: Choice, first: bool = False, ahead: Any = None
     ) -> tuple[Proposal, State]:
         """Drafts after the known tokens, and the state after; `first`: there is a whole prompt to read."""
         ...
@@ -181,10 +186,15 @@ class Loop:
             active = _active(state)
             return jnp.any(active) & jnp.all(~active | (filled < chunk))
 
+        def of_kind(at: int, on: bool, carry: Any) -> jax.Array:
+            state = carry[0]
+            return going(carry) & (self._width(state) == at) & ((at > 0) | (_drafting(state) == on))
+
         def turns(carry: Any) -> Any:
             for at, size in enumerate(self.widths.sizes):
-                body = partial(self._turn, params, numbers, stops, size)
-                carry = lax.while_loop(lambda c, at=at: going(c) & (self._width(c[0]) == at), body, carry)
+                for on in (False, True) if size == 0 else (True,):
+                    body = partial(self._turn, params, numbers, stops, size, on)
+                    carry = lax.while_loop(partial(of_kind, at, on), body, carry)
             return carry
 
         state, out, _ = lax.while_loop(going, turns, carry)
@@ -197,7 +207,8 @@ class Loop:
     def _width(self, state: State) -> jax.Array:
         return self.widths.index(_wanted(state), state["cache"].lengths, _active(state), self.context)
 
-    def _turn(self, params: Any, numbers: Numbers, stops: jax.Array, size: int, carry: Any) -> Any:
+    def _turn(self, params: Any, numbers: Numbers, stops: jax.Array, size: int, on: bool, carry: Any) -> Any:
+        """A round of `size` drafts at most; on: some row goes on drafting."""
         state, out, filled = carry
         active, proposal, cache = _active(state), state["proposal"], state["cache"]
         drafts = proposal.tokens[:, :size]
@@ -205,7 +216,11 @@ class Loop:
         tokens = jnp.concatenate([state["token"][:, None], drafts], axis=1)
         before = cache.lengths
         logits, *others, cache = self.verify(params, tokens, cache)
-        verdict, deferred = self._judge(logits, drafts, count, state, numbers, before)
+        keys, seen = position_keys(state, before + 1, size + 1), speculate.seen_after(state["seen"], drafts)
+        chosen = self._chosen(logits, seen, keys, numbers)
+        # Before anything else reads what is chosen: native code goes on from the target to the drafter in one call.
+        ahead = self.drafter.ahead(params, state, self.choice, chosen, others) if on and chosen is not None else None
+        verdict, deferred = self._judge(logits, chosen, drafts, count, state, numbers, before, seen, keys)
         given = speculate.emission(verdict, drafts, stops, jnp.where(active, state["left"], 0))
         shown = jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at,)))(out, given.shown(), filled)
         seen = speculate.seen_after(state["seen"], jnp.where(given.tokens >= 0, given.tokens, 0))
@@ -221,23 +236,26 @@ class Loop:
             "tally": self._tallied(state, size, count, verdict, given, active, deferred),
             **_features(state, others, before),
         }
-        return self._proposed(params, state, numbers), shown, filled + given.count
+        return self._proposed(params, state, numbers, ahead=ahead), shown, filled + given.count
+
+    def _chosen(self, logits: jax.Array, seen: jax.Array | None, keys: jax.Array, numbers: Numbers) -> jax.Array | None:
+        """i32[b,G+1]: what the target takes after each token; None where that depends on what was drafted."""
+        greedy, filters = self.choice.greedy, self.choice.filters
+        if not greedy and self.drafter.draws:
+            return None
+        return speculate.chosen_at(logits, seen, keys, numbers, greedy=greedy, filters=filters)
 
     def _judge(
-        self, logits: jax.Array, drafts: jax.Array, count: jax.Array, state: State, numbers: Numbers,
-        before: jax.Array,
+        self, logits: jax.Array, chosen: jax.Array | None, drafts: jax.Array, count: jax.Array, state: State,
+        numbers: Numbers, before: jax.Array, seen: jax.Array | None, keys: jax.Array,
     ) -> tuple[Verdict, jax.Array | None]:  # fmt: skip
         """What stands, and in a cascade how much of each position, f32[b,G+1], was left to the target."""
         size, deferred = drafts.shape[1], None
-        keys = position_keys(state, before + 1, size + 1)
-        seen = speculate.seen_after(state["seen"], drafts)
-        greedy, filters = self.choice.greedy, self.choice.filters
-        if greedy or not self.drafter.draws:
-            chosen = speculate.chosen_at(logits, seen, keys, numbers, greedy=greedy, filters=filters)
+        if chosen is not None:
             if self.rule:
                 chosen, deferred = self._kept(logits, seen, chosen, state, numbers, before)
             return speculate.agreed(chosen, drafts, count), deferred
-        p = speculate.probabilities(speculate.penalized(logits, seen, numbers), numbers, filters)
+        p = speculate.probabilities(speculate.penalized(logits, seen, numbers), numbers, self.choice.filters)
         if self.rule:
             p, deferred = self._mixed(logits, seen, p, state, numbers, before)
         return speculate.reviewed(p, state["proposal"].q[:, :size], drafts, count, keys), deferred
@@ -313,8 +331,8 @@ class Loop:
             tally.deferred + left,
         )
 
-    def _proposed(self, params: Any, state: State, numbers: Numbers, first: bool = False) -> State:
-        proposal, state = self.drafter.propose(params, state, numbers, self.choice, first)
+    def _proposed(self, params: Any, state: State, numbers: Numbers, first: bool = False, ahead: Any = None) -> State:
+        proposal, state = self.drafter.propose(params, state, numbers, self.choice, first, ahead)
         return {**state, "proposal": proposal}
 
 
@@ -344,6 +362,11 @@ def _wanted(state: State) -> jax.Array:
 
 def _active(state: State) -> jax.Array:
     return ~state["done"] & (state["left"] > 0)
+
+
+def _drafting(state: State) -> jax.Array:
+    """bool[]: whether some row drafts, were it for the round after next."""
+    return jnp.any(_active(state) & state["table"].active & (state["left"] > 1))
 
 
 def _written(rows: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,8 +59,11 @@ class Lookup:
     widths: Widths
     draws = False
 
+    def ahead(self, params: Any, state: State, choice: Choice, chosen: jax.Array, others: Sequence[jax.Array]) -> None:
+        """Nothing: it goes by what stands."""
+
     def propose(
-        self, params: Any, state: State, numbers: Numbers, choice: Choice, first: bool = False
+        self, params: Any, state: State, numbers: Numbers, choice: Choice, first: bool = False, ahead: Any = None
     ) -> tuple[Proposal, State]:
         known, size = state["cache"].lengths + 1, self.widths.most
         found = search(state["history"], known, size)

@@ -53,6 +53,22 @@ def test_numbers_that_are_not_there_read_nothing() -> None:
     np.testing.assert_array_equal(np.asarray(jax.jit(native.regions(_read))(ids, _table(jnp.float32), w)), wanted)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 3)])
+def test_what_is_likeliest_is_read_on_in_the_same_call(shape: tuple[int, int]) -> None:
+    x, w, table = rows(1, *shape, D), rows(2, D, V), packed(matrix(0, D, V, axis=-1, group=12))
+
+    def function(x: jax.Array, w: jax.Array, table: Any) -> tuple[jax.Array, jax.Array]:
+        logits = linear(x, w).reshape(-1, V)
+        chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32).reshape(shape)
+        return chosen, _read(chosen, table, jnp.eye(D, dtype=jnp.float32))
+
+    call = jax.jit(native.regions(function))
+    text = call.lower(x, w, table).as_text()
+    assert text.count("custom_call @effc_region") == 1 and "gather" not in text
+    for got, want in zip(call(x, w, table), function(x, w, table), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
 def test_parts_of_an_array_are_read_where_they_lie() -> None:
     x, w = rows(1, 2, 3, 3 * D), rows(2, D, 16)
 

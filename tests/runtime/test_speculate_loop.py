@@ -68,6 +68,23 @@ def test_greedy_tokens_are_those_of_plain_decoding(engine: Engine, engines: dict
     assert stats.drafted > stats.accepted
 
 
+@pytest.mark.parametrize("cost", [0.0, 0.4], ids=["always", "resting"])
+def test_what_a_head_reads_ahead_changes_no_draft(
+    engine: Engine, params: Any, monkeypatch: pytest.MonkeyPatch, cost: float
+) -> None:
+    """Rows that rest fall behind, so that what is read ahead does not fit where they go on."""
+    found = list[Result]()
+    for ahead in (Chain.ahead, lambda *_: None):
+        monkeypatch.setattr(Chain, "ahead", ahead)
+        found.append(generate(engine_with("head", params, cost=cost), PROMPTS, max_new_tokens=80, chunk=23))
+    one, other = found
+    assert one.tokens == other.tokens == generate(engine, PROMPTS, max_new_tokens=80).tokens
+    assert one.stats.draft and other.stats.draft and one.stats.draft.drafted > 4
+    assert replace(one.stats.draft, draft_seconds=0, verify_seconds=0) == replace(
+        other.stats.draft, draft_seconds=0, verify_seconds=0
+    )
+
+
 def test_a_drafter_that_copies_leaves_samples_as_they_are(engine: Engine, engines: dict[str, Engine]) -> None:
     plain = generate(engine, PROMPTS, max_new_tokens=30, sampling=ALL, seed=3)
     assert generate(engines["lookup"], PROMPTS, max_new_tokens=30, sampling=ALL, seed=3).tokens == plain.tokens

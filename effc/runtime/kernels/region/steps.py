@@ -121,6 +121,9 @@ class Args:
             return None
         if atom in self.former.counts:
             return self.former.counts[atom]
+        made = self.former.places.get(atom)
+        if made is not None:  # the likeliest tokens, one after another
+            return None if made.offset or made.slot.size != 4 * made.rows * made.width else made.slot
         array = self.outside(number)
         return None if array is None else self.former.program.input(array)
 
@@ -343,7 +346,7 @@ def _operand(former: Former, step: Step, i: int, rows: int, width: int) -> tuple
 def _reshape(former: Former, step: Step) -> bool:
     """The same numbers in the same rows, or in others where they lie so."""
     place = former.places.get(step.ins[0])
-    if place is None or not is_wide(step.out()):
+    if place is None or not (is_wide(step.out()) or place.slot.dtype == "int32"):
         return False
     lies = place.reshaped(*rows_of(step.out().shape))
     if lies is None:
