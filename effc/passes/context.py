@@ -94,6 +94,11 @@ class Context:
     runs: dict[str, list[Fitted]] = field(default_factory=dict[str, list[Fitted]])
     """What was trained, by pass: it goes into the report."""
 
+    def tell(self, text: str) -> None:
+        """On the console, where there is one."""
+        if self.console:
+            self.console.print(text, highlight=False)
+
     def model(self, module: Module, store: Store) -> Model:
         """A module of the pipeline, ready to run."""
         return Model.of(module, store)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ import pytest
 from effc.backend.to_python import emit, load_program
 from effc.ir.parser import parse
 from effc.passes.base import Notes
-from effc.passes.draft import Draft, train
+from effc.passes.draft import Draft, taught, train
 from effc.passes.draft.lesson import Lesson, keep, kept, learned
 from effc.passes.draft.scribe import Scribe, likeliest
 from effc.runtime.engine import Engine
 from effc.runtime.generate import generate
 from effc.runtime.train.budget import Budget
+from effc.runtime.train.tree import take
 from tests.backend.conftest import random_store
 from tests.runtime.conftest import TINY, random_params
 
@@ -135,6 +137,42 @@ def test_texts_that_are_looked_at_are_not_learned_from() -> None:
     batches = train._batches(Lesson([chunk]), None, 8, seed=0)
     seen = {int(row[0]) for step in range(6) for row in batches(step, None)["tokens"]}
     assert seen == set(range(8))
+
+
+def test_a_longer_lesson_is_learned_on_from_where_the_shorter_one_ended(tmp_path: Path) -> None:
+    chunk = {"tokens": np.zeros((16, 4), np.int32)}
+    short, longer, small = (Lesson([chunk] * n, folder=tmp_path) for n in (2, 5, 1))
+    arrays = {"w": np.ones((2, 3), np.float32)}
+    assert taught.latest(short, arrays) is None
+    taught.keep(short, arrays)
+    taught.keep(longer, {"w": 2 * arrays["w"]})
+    assert taught.latest(short, arrays) is None  # what is resumed begins where it began
+    assert taught.latest(small, arrays) is None
+    found = taught.latest(longer, arrays)
+    assert found and found[0] == 32
+    np.testing.assert_array_equal(found[1]["w"], arrays["w"])
+    assert taught.latest(longer, {"w": np.ones((3, 3))}) is None  # another head
+
+
+def test_a_head_that_learned_from_less_is_what_training_begins_with(tmp_path: Path) -> None:
+    module = Draft(kind="head", vocab=0).run(parse(TINY.read_text()), Notes())
+    program = load_program(emit(module))
+    params, begun, told = random_params(program, seed=3), list[Any](), list[str]()
+
+    def fit(loss: Any, params: Any, *_: Any, trainable: Any, **__: Any) -> Any:
+        begun.append(take(params, trainable))
+        return SimpleNamespace(params=jax.tree.map(lambda x, on: x + 1 if on else x, params, trainable))
+
+    context = SimpleNamespace(budget=Budget(steps=2), seed=0, fit=fit, tell=told.append)
+    chunk = {"tokens": np.zeros((16, 4), np.int32), "spans": np.tile(np.asarray([[1, 4]], np.int32), (16, 1))}
+    chunk |= {"features": np.zeros((16, 4, 3))}
+    model: Any = SimpleNamespace(program=program, params=params)
+    for count in (1, 1, 2):
+        train.fit(model, Lesson([chunk] * count, folder=tmp_path), None, context)  # type: ignore[arg-type]
+    assert told == ["draft: learns on from what 16 of 32 texts taught"]
+    for name, array in begun[0].items():
+        np.testing.assert_array_equal(begun[1][name], array)
+        np.testing.assert_array_equal(begun[2][name], array + 1)
 
 
 def test_how_often_drafts_are_right_counts_every_token_alike() -> None:

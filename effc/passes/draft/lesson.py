@@ -21,10 +21,12 @@ FIELDS = ("tokens", "spans", "ids", "logits", "features")
 class Lesson:
     """chunks of texts: tokens i32[n,t]; spans i32[n,2], from where to where a text is learned from;
     ids i32, logits f16 [n,t,TOP] of what the target would say next; features f16[n,t,d] where a head reads them.
+    folder: where it lies on disk.
     """
 
     chunks: Sequence[Mapping[str, np.ndarray]]
     seconds: float = 0.0
+    folder: Path | None = None
 
     @cached_property
     def texts(self) -> int:

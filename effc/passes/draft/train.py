@@ -19,6 +19,7 @@ from effc.certificate import fingerprint
 from effc.ir.core import Module
 from effc.passes.draft.asking import LONGEST, prompts
 from effc.passes.draft.head import VERIFY
+from effc.passes.draft import taught
 from effc.passes.draft.lesson import Lesson, drop, keep, kept, learned
 from effc.passes.draft.parts import PREFIX
 from effc.passes.draft.scribe import Scribe, scribe
@@ -26,7 +27,7 @@ from effc.runtime.train.budget import Budget
 from effc.runtime.train.loop import Evaluate
 from effc.runtime.train.losses import mean
 from effc.runtime.train.plan import Batch, Plan, Tick, Tree
-from effc.runtime.train.tree import chosen
+from effc.runtime.train.tree import chosen, put, take
 from effc.weights import Store
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def read(made_by: str, module: Module, store: Store, context: Context, source: S
             spent.write_text(str(seconds))
             if not _reads_on(context.budget, (number + 1) * ROWS_READ, seconds):
                 break
-    return Lesson(list(kept(folder)), seconds)
+    return Lesson(list(kept(folder)), seconds, folder)
 
 
 def answered(folder: Path, asked: Sequence[list[int]]) -> int:
@@ -135,7 +136,10 @@ def frequent(lesson: Lesson, count: int, vocab: int) -> np.ndarray:
 
 
 def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context, lr: float = 0.0) -> Tree:
-    """The parameters with the drafter's trained; those of the target stay. lr=0 is the usual one."""
+    """The parameters with the drafter's trained; those of the target stay. lr=0 is the usual one.
+
+    A drafter that learned from a shorter lesson in the same folder learns on from there.
+    """
     draft, places = model.program.entries["draft"], _places(ids)
     held = HELD if lesson.texts >= 10 * HELD else 0
     batches = _batches(lesson, places, lesson.texts - held, context.seed)
@@ -152,11 +156,17 @@ def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context, 
     mask = {**chosen(model.program.params, "draft.*")}
     # Its rows of the target's head are good as they are, and half of what a step would cost.
     mask |= {name: False for name in mask if name == "draft.ids" or name.startswith("draft.head.")}
+    before, params = taught.latest(lesson, take(model.params, mask)), model.params
+    if before is not None:
+        context.tell(f"draft: learns on from what {before[0]} of {lesson.texts} texts taught")
+        params = put(params, {name: jnp.asarray(array) for name, array in before[1].items()}, mask)
     tag = f"{lesson.texts} {lesson.tokens}"
     rest = [range(at, at + ROWS) for at in range(lesson.texts - held, lesson.texts, ROWS)]
     look = _looks(lambda params, batch: loss(params, batch, None)[1], [_batch(lesson, places, n) for n in rest])
     told = {"evaluate": look if held else None, "tag": tag, "title": "draft"}
-    return context.fit(loss, model.params, batches, plan, trainable=mask, **told).params
+    fitted = context.fit(loss, params, batches, plan, trainable=mask, **told).params
+    taught.keep(lesson, {name: np.asarray(array) for name, array in take(fitted, mask).items()})
+    return fitted
 
 
 def _how(head: bool, lr: float) -> dict[str, Any]:
