@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,12 +17,13 @@ def keep(lesson: Lesson, arrays: Mapping[str, np.ndarray]) -> None:
     if lesson.folder is None:
         return
     file = _file(lesson.folder, lesson.texts)
-    with file.with_suffix(".part").open("wb") as to:
-        np.savez(to, **arrays)
-    os.replace(file.with_suffix(".part"), file)
+    part = file.with_suffix(".part")
+    with part.open("wb") as to:
+        np.savez(to, **dict[str, Any](arrays))
+    os.replace(part, file)
 
 
-def latest(lesson: Lesson, like: Mapping[str, np.ndarray]) -> tuple[int, dict[str, np.ndarray]] | None:
+def latest(lesson: Lesson, like: Mapping[str, Any]) -> tuple[int, dict[str, np.ndarray]] | None:
     """The number of texts, fewer than this lesson's, and the arrays that were learned from most of them; of the same
     names and shapes as `like`."""
     if lesson.folder is None:

@@ -17,9 +17,9 @@ import numpy as np
 
 from effc.certificate import fingerprint
 from effc.ir.core import Module
+from effc.passes.draft import taught
 from effc.passes.draft.asking import LONGEST, prompts
 from effc.passes.draft.head import VERIFY
-from effc.passes.draft import taught
 from effc.passes.draft.lesson import Lesson, drop, keep, kept, learned
 from effc.passes.draft.parts import PREFIX
 from effc.passes.draft.scribe import Scribe, scribe
