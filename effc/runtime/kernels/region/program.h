@@ -29,7 +29,7 @@ struct View {
 };
 
 struct Header {
-  int64_t stages, scratch, flags;
+  int64_t key, words, stages, scratch, flags;  // key: of all that follows it
 };
 
 struct Stage {

@@ -7,6 +7,7 @@ Ops of a branch are in stages of their own, which run only where the branch's fl
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,9 @@ PRODUCT, COUNT, EMBED, TURNS = 14, 15, 16, 17
 
 WORTH = frozenset({LINEAR, PRODUCT})
 """Ops for which a call is made: they read weights, and take most of a program's time."""
+
+HEADER = 5
+"""Words before the first stage: a key of what follows it, all words, stages, bytes of scratch memory, flags."""
 
 _ALIGN = 64
 
@@ -165,8 +169,10 @@ class Program:
         stages = self._stages()
         scratch = _deal(stages)
         body = [self._stage(ops) for ops in stages]
-        flat = [len(stages), scratch, self.flags, *(word for words in body for word in words)]
-        return np.array(flat, np.int64)
+        count = HEADER + sum(map(len, body))
+        flat = np.array([0, count, len(stages), scratch, self.flags, *(w for words in body for w in words)], np.int64)
+        flat[0] = int.from_bytes(hashlib.blake2b(flat[1:], digest_size=8).digest(), "little", signed=True)
+        return flat
 
     def _stages(self) -> list[list[Op]]:
         groups: dict[tuple[int, int, Branch], list[Op]] = {}

@@ -14,15 +14,12 @@
 #include <mutex>
 #include <vector>
 
-#include "attention.h"
-#include "choice.h"
 #include "embed.h"
-#include "product.h"
+#include "outline.h"
 #include "rowops.h"
 
 namespace effc {
 
-constexpr int64_t kFew = 16;  // rows that are not worth cutting finely
 constexpr int kPatience = 1 << 14;  // turns before a waiting thread sleeps: some tenths of a millisecond
 constexpr int64_t kParts = 8;  // parts of a stage's tasks at most, a thread's own first
 constexpr int64_t kHoard = 64 << 10;  // bytes of the next product that a waiting thread asks for
@@ -45,36 +42,29 @@ struct Hoard {
 
 class Work {
  public:
-  Work(const int64_t* words, Memory memory, int64_t threads) : memory_(std::move(memory)), threads_(threads) {
-    const auto* header = reinterpret_cast<const Header*>(words);
-    const int64_t* at = words + sizeof(Header) / sizeof *words;
-    for (int64_t i = 0; i < header->stages; ++i) {
-      stages_.push_back(reinterpret_cast<const Stage*>(at));
-      at += stages_.back()->words;
-    }
-    for (const Stage* stage : stages_) counts_.push_back(stage->flag < 0 ? Tasks(*stage) : 0);
-    for (const Stage* stage : stages_) branches_.push_back({stage->flag, stage->wanted});
-    for (const Stage* stage : stages_) codes_.push_back(Codes(*stage));
-    progress_ = std::vector<Progress>(stages_.size());
-    flags_ = std::vector<std::atomic<int64_t>>(header->flags);
+  Work(const int64_t* words, Memory memory, int64_t threads)
+      : memory_(std::move(memory)), threads_(threads), outline_(Outline::Of(words, memory_, threads)),
+        stages_(outline_->stages), counts_(outline_->counts), progress_(stages_.size()),
+        flags_(outline_->header().flags) {
+    for (const size_t i : outline_->changing) counts_[i] = Tasks(*stages_[i], memory_, threads);
   }
 
-  // Until every stage is done, whoever did it. Program and buffers may be gone when a thread comes late: without
-  // a task in hand it looks at counts and addresses alone. me: the number of the thread.
+  // Until every stage is done, whoever did it. Buffers may be gone when a thread comes late: without a task in hand
+  // it looks at counts and addresses alone. me: the number of the thread.
   void Go(int64_t me) {
     const int64_t parts = std::min(threads_, kParts), mine = me % parts;
     Hoard hoard;
     for (size_t i = 0; i < stages_.size(); ++i) {
       Progress& progress = progress_[i];
-      const Branch& branch = branches_[i];
-      if (branch.flag >= 0 && flags_[branch.flag].load(std::memory_order_relaxed) != branch.wanted) continue;
+      const Stage& stage = *stages_[i];
+      if (stage.flag >= 0 && flags_[stage.flag].load(std::memory_order_relaxed) != stage.wanted) continue;
       const int64_t count = counts_[i];
       for (int64_t task; progress.done.load(std::memory_order_acquire) < count;) {
         if ((task = Take(progress, parts, mine, count)) < 0) {
           Wait(progress, count, Upcoming(hoard, i, me));
           break;
         }
-        RunTask(*stages_[i], task);
+        RunTask(stage, task);
         Done(progress, count);
       }
     }
@@ -117,71 +107,31 @@ class Work {
     wake_.notify_all();
   }
 
-  struct Branch {
-    int64_t flag, wanted;
-  };
-
-  // Where the first product of a stage lies, its tasks and their bytes; no tasks where there is none.
-  struct Stretches {
-    uintptr_t at = 0;
-    int64_t tasks = 0, bytes = 0;
-  };
-
-  Stretches Codes(const Stage& stage) const {
-    const Op* op = First(stage);
-    if (stage.rows || op->code != kLinear) return {};
-    const Matrix m(static_cast<const Linear&>(*op), memory_);
-    return {reinterpret_cast<uintptr_t>(m.codes), TasksOf(m, threads_), PanelsOfTask(m, threads_) * m.panel_bytes};
-  }
-
   // What the thread reads first in the next product after this stage.
   Hoard& Upcoming(Hoard& hoard, size_t stage, int64_t me) const {
+    const std::vector<Reading>& readings = outline_->readings;
     size_t i = stage + 1;
-    while (i < stages_.size() && !codes_[i].tasks) ++i;
-    if (i < stages_.size() && i != hoard.stage) {
-      const Stretches& codes = codes_[i];
-      const int64_t mine = (codes.tasks - me + threads_ - 1) / threads_;
-      const uintptr_t from = codes.at + Place(me, codes.tasks, threads_) * codes.bytes;
-      hoard = {from, from + std::max<int64_t>(0, std::min(kHoard, mine * codes.bytes)), i};
+    while (i < readings.size() && !readings[i].tasks) ++i;
+    if (i < readings.size() && i != hoard.stage) {
+      const Reading& next = readings[i];
+      const int64_t mine = (next.tasks - me + threads_ - 1) / threads_;
+      const auto codes = reinterpret_cast<uintptr_t>(memory_.At<char>(next.codes));
+      const uintptr_t from = codes + Place(me, next.tasks, threads_) * next.bytes;
+      hoard = {from, from + std::max<int64_t>(0, std::min(kHoard, mine * next.bytes)), i};
     }
     return hoard;
   }
 
-  static const Op* First(const Stage& stage) { return reinterpret_cast<const Op*>(&stage + 1); }
-  static const Op* Next(const Op* op) {
-    return reinterpret_cast<const Op*>(reinterpret_cast<const int64_t*>(op) + op->words);
-  }
-
-  int64_t RowsOfTask(const Stage& stage) const {
-    const int64_t parts = stage.rows <= kFew ? threads_ : 4 * threads_;
-    return (stage.rows + parts - 1) / parts;
-  }
-
-  int64_t Tasks(const Stage& stage) const {
-    if (stage.rows) return (stage.rows + RowsOfTask(stage) - 1) / RowsOfTask(stage);
-    int64_t total = 0;
-    const Op* op = First(stage);
-    for (int64_t i = 0; i < stage.ops; ++i, op = Next(op)) total += Tasks(*op);
-    return total;
-  }
-
-  int64_t Tasks(const Op& op) const {
-    if (op.code == kDecide) return 1;
-    if (op.code == kLinear) return effc::Tasks(static_cast<const Linear&>(op), memory_, threads_);
-    if (op.code == kProduct) return effc::Tasks(static_cast<const Product&>(op), memory_, threads_);
-    return effc::Tasks(static_cast<const Attention&>(op), memory_);
-  }
-
   void RunTask(const Stage& stage, int64_t task) {
-    const Op* op = First(stage);
+    const Op* op = FirstOp(stage);
     if (stage.rows) {
-      const int64_t each = RowsOfTask(stage), start = task * each, stop = std::min(stage.rows, start + each);
-      for (int64_t i = 0; i < stage.ops; ++i, op = Next(op)) {
+      const int64_t each = RowsOfTask(stage, threads_), start = task * each, stop = std::min(stage.rows, start + each);
+      for (int64_t i = 0; i < stage.ops; ++i, op = NextOp(op)) {
         for (int64_t row = start; row < stop; ++row) RunRow(*op, row);
       }
       return;
     }
-    for (int64_t count; task >= (count = Tasks(*op)); op = Next(op)) task -= count;
+    for (int64_t count; task >= (count = Tasks(*op, memory_, threads_)); op = NextOp(op)) task -= count;
     if (op->code == kDecide) return Set(static_cast<const Decide&>(*op));
     if (op->code == kLinear) return Run(static_cast<const Linear&>(*op), memory_, threads_, task);
     if (op->code == kProduct) return Run(static_cast<const Product&>(*op), memory_, threads_, task);
@@ -192,7 +142,8 @@ class Work {
   void Set(const Decide& op) {
     const int64_t decided = All(op, memory_);
     for (size_t i = 0; i < stages_.size(); ++i) {
-      if (branches_[i].flag == op.flag && branches_[i].wanted == decided) counts_[i] = Tasks(*stages_[i]);
+      const Stage& stage = *stages_[i];
+      if (stage.flag == op.flag && stage.wanted == decided) counts_[i] = Tasks(stage, memory_, threads_);
     }
     flags_[op.flag].store(decided, std::memory_order_relaxed);
   }
@@ -217,10 +168,9 @@ class Work {
 
   const Memory memory_;
   const int64_t threads_;
-  std::vector<const Stage*> stages_;
+  const std::shared_ptr<const Outline> outline_;
+  const std::vector<const Stage*>& stages_;
   std::vector<int64_t> counts_;
-  std::vector<Branch> branches_;
-  std::vector<Stretches> codes_;
   std::vector<Progress> progress_;
   std::vector<std::atomic<int64_t>> flags_;
   std::mutex lock_;
