@@ -179,11 +179,14 @@ def _recurse(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tupl
 
 
 def _fake_quant(op: Op, inputs: Sequence[Type], params: Mapping[str, Type]) -> tuple[Type, ...]:
-    bits, scale = op.attrs.get("bits", 8), params.get("scale")
+    bits, group, scale = op.attrs.get("bits", 8), op.attrs.get("group", 0), params.get("scale")
     _axes("x", inputs[0])
     _want(isinstance(bits, int) and 2 <= bits <= 8, f"bits={bits}, want 2 to 8")
     _want(scale is None or scale.shape == (1,), f"scale is {scale}, want shape [1]")
-    _want(scale is None or op.attrs.get("of", "value") == "value", "a gradient has no scale given, want none")
+    _want(isinstance(group, int) and group >= 0, f"group={group}, want 0 or more")
+    given = scale is not None or group != 0
+    _want(not given or op.attrs.get("of", "value") == "value", "a gradient has neither scale nor group, want none")
+    _want(scale is None or group == 0, "a scale is given, and a group to find one for, want one of them")
     return (inputs[0],)
 
 
@@ -239,8 +242,9 @@ _ROWS = [
          "sinks[h] are one score more a head, of which nothing is read; "
          "cache: k and v are seen as rounded to that many bits, each row by its own scale, and kept so",
          "bias?"),
-    _row("fake_quant", "x", "scale?", "bits:int=8 of:value|gradient=value", _fake_quant, _L,
-         "x rounded to codes of so many bits times a scale: scale[1], or for each row of the last axis its own; "
+    _row("fake_quant", "x", "scale?", "bits:int=8 group:int=0 of:value|gradient=value", _fake_quant, _L,
+         "x rounded to codes of so many bits times a scale: scale[1], or for each row of the last axis its own, or for "
+         "each `group` of its places; "
          "of=gradient: x as it is, and its gradient rounded so in training, up or down at random by nearness"),
     _row("silu", "x", "", "", _same, _L, "x * sigmoid(x)"),
     _row("gelu", "x", "", "approx:tanh|erf=tanh", _same, _L, "Gaussian error linear unit"),

@@ -48,11 +48,14 @@ class Act8(Pass):
 
     bits: int = option(8, "of a code, 2 to 8")
     scale: Literal["token", "static"] = option("token", "one found for each token as it comes, or one found on --calib")
+    group: int = option(0, "of scale=token: numbers that share a scale; 0 is all of a token; 32 is fast on CPUs")
     tokens: int = option(16384, "of text that static scales are found on")
 
     def requires(self, module: Module) -> None:
         if not 2 <= self.bits <= 8:
             raise PassError(f"{self.name}: bits={self.bits}, want 2 to 8")
+        if self.group < 0 or (self.group and self.scale == "static"):
+            raise PassError(f"{self.name}: group={self.group} with scale={self.scale}, want 0 or more, of scale=token")
         if not readers(module):
             raise PassError(f"{self.name}: {module.name} has no linears of {SMALL} outputs or more, want some")
 
@@ -63,9 +66,11 @@ class Act8(Pass):
         for func in {place.func: None for place in found}:
             mine = {place.value: place for place in found if place.func == func}
             module = module.with_func(self._rounded(module.funcs[func], mine, wanted))
-        how = "a scale a token" if self.scale == "token" else "a scale found on text"
+        how = "a scale found on text" if self.scale == "static" else "a scale a token"
+        how = f"a scale for each {self.group} of a token" if self.group else how
         notes.chose(f"{len(found)} values that linears read are rounded to {self.bits} bits, {how}")
-        notes.chose("rounded values run through the same kernels as floats: no faster on CPUs")
+        if not (self.bits == 8 and self.group and self.group % 4 == 0):
+            notes.chose("such values run through the same kernels as floats, no faster on CPUs: want bits=8,group=32")
         return module
 
     def _rounded(self, func: Func, mine: Mapping[str, Place], wanted: Collection[str]) -> Func:
@@ -86,7 +91,8 @@ class Act8(Pass):
 
     def _op(self, place: Place, out: Value, near: Op) -> Op:
         params = {"scale": place.scale} if self.scale == "static" else {}
-        return Op("fake_quant", (place.value,), (out,), params, {"bits": self.bits}, {}, near.loc)
+        attrs = {"bits": self.bits} | ({"group": self.group} if self.group else {})
+        return Op("fake_quant", (place.value,), (out,), params, attrs, {}, near.loc)
 
     def reads_text(self) -> bool:
         return self.scale == "static"

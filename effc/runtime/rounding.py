@@ -9,11 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effc.runtime.kernels.region.record import recorded
 
+
+@recorded
 def fake_quant(
-    x: jax.Array, scale: jax.Array | None = None, *, bits: int, of: Literal["value", "gradient"] = "value"
-) -> jax.Array:
-    """x as the nearest of 2^bits codes times scale[1], or a scale a row of the last axis; gradients pass through.
+    x: jax.Array, scale: jax.Array | None = None, *, bits: int, group: int = 0,
+    of: Literal["value", "gradient"] = "value",
+) -> jax.Array:  # fmt: skip
+    """x as the nearest of 2^bits codes times scale[1], or a scale a row of the last axis, or for each `group` of its
+    places (fewer at the end); gradients pass through.
 
     A row's own scale puts its greatest magnitude half a step past the last code, as codes of weights have it.
     Of a gradient: x as it is, what comes back is rounded, up or down at random by nearness (its mean stays).
@@ -21,7 +26,14 @@ def fake_quant(
     if of == "gradient":
         return _rounding_gradient(x, bits)
     wide = x.astype(jnp.float32)
-    return through(_rounded(wide, scale, bits), wide).astype(x.dtype)
+    rounded = _grouped(wide, bits, group) if group else _rounded(wide, scale, bits)
+    return through(rounded, wide).astype(x.dtype)
+
+
+def _grouped(x: jax.Array, bits: int, group: int) -> jax.Array:
+    *outer, width = x.shape
+    padded = jnp.pad(x, [(0, 0)] * len(outer) + [(0, -width % group)])
+    return _rounded(padded.reshape(*outer, -1, group), None, bits).reshape(*outer, -1)[..., :width]
 
 
 def _rounded(x: jax.Array, scale: jax.Array | None, bits: int, noise: jax.Array | float = 0.0) -> jax.Array:

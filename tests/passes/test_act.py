@@ -16,6 +16,7 @@ from effc.passes import PassError, runner
 from effc.passes.base import Notes
 from effc.passes.context import Model
 from effc.pipeline import Pipeline
+from effc.runtime.kernels.region import native
 from effc.runtime.layers import fake_quant
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 160, (1, 24)), jnp.int32)
@@ -33,6 +34,36 @@ def test_rows_have_scales_of_their_own(bits: int) -> None:
 def test_given_scales_cut() -> None:
     y = fake_quant(X, jnp.asarray([0.5]), bits=3)
     np.testing.assert_allclose(y, np.clip(np.round(X / 0.5), -3, 3) * 0.5)
+
+
+def test_groups_have_scales_of_their_own() -> None:
+    y = fake_quant(X, bits=8, group=6)  # of 16 places: 6, 6 and 4
+    for part in (slice(0, 6), slice(6, 12), slice(12, 16)):
+        np.testing.assert_allclose(y[..., part], fake_quant(X[..., part], bits=8), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "want"), [("act8{group=-1}", "0 or more"), ("act8{group=32,scale=static}", "of scale")]
+)
+def test_groups_that_cannot_be(tiny, text: str, want: str) -> None:
+    with pytest.raises(PassError, match=want):
+        runner.run(tiny, Pipeline.parse(text).ordered())
+
+
+def test_rounded_groups_run_in_native_products(tiny, random_store) -> None:
+    """One byte a number, of a scale each: the reference's codes, so what is left is how sums are added up."""
+    models, modules, store = list[Model](), [tiny], random_store(tiny)
+    for step in runner.run(tiny, Pipeline.parse("quant4{group=16},act8{group=16}").ordered()):
+        store = step.made_by.weights(step.before, step.after, store)
+        modules.append(step.after)
+        models.append(Model.of(step.after, store))
+    after = run(modules[-1], store, TOKENS)
+    calls = [(jax.jit(native.regions(one.program.forward)), native.packed(one.params)) for one in models]
+    counts = [call.lower(params, TOKENS).as_text().count("custom_call @effc_region") for call, params in calls]
+    assert counts[0] == counts[1] > 0
+    other, got = (call(params, TOKENS) for call, params in calls)
+    np.testing.assert_allclose(got, after, atol=2e-3 * float(jnp.abs(after).max()))
+    assert float(jnp.abs(other - after).max()) > 4e-3 * float(jnp.abs(after).max())  # it is the rounding that is there
 
 
 def test_gradients_pass_through() -> None:

@@ -50,7 +50,8 @@ template <int D>
 int32_t Round(const float* x, int64_t count, float inverse, int8_t* high, int8_t* low) {
   int32_t sum = 0;
   for (int64_t k = 0; k < count; ++k) {
-    const int32_t q = static_cast<int32_t>(std::nearbyint(x[k] * inverse));
+    const float near = std::nearbyint(x[k] * inverse);
+    const int32_t q = static_cast<int32_t>(D == 2 ? near : std::min(127.0f, std::max(-127.0f, near)));
     sum += q;
     if (D == 2) low[k] = static_cast<int8_t>(q);
     high[k] = static_cast<int8_t>(D == 2 ? (q - static_cast<int8_t>(q)) >> 8 : q);
@@ -58,11 +59,12 @@ int32_t Round(const float* x, int64_t count, float inverse, int8_t* high, int8_t
   return sum;
 }
 
-// Digits reach 127 * 256, or 127: one more would not fit the high byte.
+// Two digits reach 127 * 256: one more would not fit the high byte. One has the greatest half a step past its last
+// code, as fake_quant does (effc/runtime/rounding.py).
 inline void Run(const Quantize& op, const Memory& memory, int64_t row) {
   const float* x = memory.Row(op.x, row);
   const Digits to = RowDigits(memory.At<char>(op.to) + row * op.block, op.width, op.piece, op.digits);
-  const float most = op.digits == 2 ? 127.0f * 256.0f : 127.0f;
+  const float most = op.digits == 2 ? 127.0f * 256.0f : 127.5f;
   *to.odd = 0;
   for (int64_t k = 0, p = 0; k < op.width; k += op.piece, ++p) {
     const int64_t count = std::min(op.piece, op.width - k);

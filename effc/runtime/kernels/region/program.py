@@ -171,7 +171,7 @@ class Program:
         body = [self._stage(ops) for ops in stages]
         count = HEADER + sum(map(len, body))
         flat = np.array([0, count, len(stages), scratch, self.flags, *(w for words in body for w in words)], np.int64)
-        flat[0] = int.from_bytes(hashlib.blake2b(flat[1:], digest_size=8).digest(), "little", signed=True)
+        flat[0] = int.from_bytes(hashlib.blake2b(flat[1:].tobytes(), digest_size=8).digest(), "little", signed=True)
         return flat
 
     def _stages(self) -> list[list[Op]]:

@@ -27,6 +27,9 @@ FUNCTIONS = (
 
 COPY = FUNCTIONS.index("copy")
 
+LONGEST = 128
+"""Numbers that share a scale at most, as linear.h rounds them."""
+
 SPAN, FEW = 128, 8
 """Keys that one task of attention takes, and tokens up to which it takes no more; SPAN is attention.h's too."""
 
@@ -56,7 +59,20 @@ def is_view(step: Step) -> bool:
     It waits until the region ends, unless something that cannot wait reads it.
     """
     counts = step.name == "convert_element_type" and np.issubdtype(step.out().dtype, np.integer)
-    return counts or step.name in _VIEWS or is_layer(step, "held")
+    return counts or step.name in _VIEWS or is_layer(step, "held") or bool(_group_of(step))
+
+
+def _group_of(step: Step) -> int:
+    """Numbers that share a scale, of a step that rounds to 8 bits as products do by themselves; else 0.
+
+    Products read what it rounds, and round it; what else reads it has it made.
+    """
+    if not is_layer(step, "fake_quant"):
+        return 0
+    asked = dict(step.params["keywords"])
+    known = asked["bits"] == 8 and asked.get("of", "value") == "value" and len(step.ins) == 1
+    group = int(asked.get("group", 0))
+    return group if known and group % 4 == 0 and group <= LONGEST else 0
 
 
 def is_layer(step: Step, name: str) -> bool:
@@ -99,13 +115,19 @@ class Args:
         self.values: Any = jax.tree.unflatten(step.params["tree"], range(len(avals)))
         self.keywords = dict(step.params["keywords"])
 
-    def place(self, number: Any) -> Place | None:
-        """Of an argument that is f32 (or nothing: the place that is nowhere)."""
+    def place(self, number: Any, exact: bool = True) -> Place | None:
+        """Of an argument that is f32 (or nothing: the place that is nowhere); else of what it is rounded from."""
         if number is None:
             return _NONE
         if self.types[number].dtype != np.float32:
             return None
-        return self.former.place(self.atoms[number])
+        atom = self.atoms[number]
+        return self.former.place(atom if exact else self.former.views[atom].ins[0])
+
+    def rounded(self, number: Any) -> int:
+        """Numbers that share a scale, of an argument that is to be rounded to 8 bits; else 0."""
+        view = self.former.views.get(self.atoms[number])
+        return _group_of(view) if view is not None else 0
 
     def slot(self, number: Any) -> Slot | None:
         """Of a whole array."""
@@ -158,30 +180,33 @@ def _norm(former: Former, step: Step, args: Args) -> bool:
 
 def _linear(former: Former, step: Step, args: Args) -> bool:
     number, w, bias = (*args.values, None)[:3]  # numbers of arguments, or for w a Packed of them
-    x, bias, shape = args.place(number), args.place(bias), step.shape()
+    group = args.rounded(number) if isinstance(w, Packed) else 0
+    x, bias, shape = args.place(number, exact=not group), args.place(bias), step.shape()
     x = x and x.reshaped(math.prod(shape[:-1]), shape[-1])
     if x is None or bias is None:
         return False
-    made = (_coded if isinstance(w, Packed) else _dense)(former, args, x, w, bias)
+    made = _coded(former, args, x, w, bias, group) if isinstance(w, Packed) else _dense(former, args, x, w, bias)
     if made is None:
         return False
     former.places[step.outs[0]] = made
     return True
 
 
-def _coded(former: Former, args: Args, x: Place, w: Any, bias: Place) -> Place | None:
-    """x times packed codes."""
+def _coded(former: Former, args: Args, x: Place, w: Any, bias: Place, group: int) -> Place | None:
+    """x times packed codes; group: numbers of x that share a scale, where they are said to be rounded."""
     if args.keywords.get("layout", "kn") != w.layout or args.types[w.scales].dtype.name not in TYPES:
         return None
     if args.outside(w.codes) is None or args.outside(w.scales) is None:
         return None
     codes, scales, zeros = (args.slot(part) for part in (w.codes, w.scales, w.zeros))
     assert codes and scales and zeros
-    digits = former.digits
-    quantized, block = _quantized(former, x, w.piece, digits)
+    piece, digits, whole = group or w.piece, 1 if group else former.digits, w.group or w.extent
+    if whole % piece and whole < w.extent:  # a piece lies in one group of weights
+        return None
+    quantized, block = _quantized(former, x, piece, digits)
     y = room(x.rows, w.columns)
     parts = [quantized, codes, scales, zeros, bias.slot]
-    numbers = [block, x.rows, x.width, w.columns, w.bits, w.group or w.extent, w.piece, digits]
+    numbers = [block, x.rows, x.width, w.columns, w.bits, whole, piece, digits]
     words = [x, y, *parts, *numbers, TYPES[args.types[w.scales].dtype.name]]
     former.program.together(ops.LINEAR, words, [x.slot, *parts], y.slot)
     return y
@@ -205,7 +230,7 @@ def _quantized(former: Former, x: Place, piece: int, digits: int) -> tuple[Slot,
     """x as integers, made once for all products that read it; and the bytes of a row."""
     pieces, wide = -(-x.width // piece), -(-x.width // 64) * 64
     block = -(-(digits * wide + 8 * pieces + 4) // 64) * 64
-    key = (id(x.slot), x.offset, x.stride, x.rows, x.width, piece)
+    key = (id(x.slot), x.offset, x.stride, x.rows, x.width, piece, digits)
     if key not in former.quantized:
         slot = Slot(x.rows * block)
         former.quantized[key] = slot
