@@ -96,12 +96,6 @@ inline void Scores(const Queries& q, int64_t i, const char* key, int64_t bytes, 
   }
 }
 
-// A hint may point past the end: it never faults.
-inline void Ahead(const char* at, int64_t by, int64_t bytes) {
-  const auto from = reinterpret_cast<uintptr_t>(at) + by;
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(from + i));
-}
-
 // Spans end before hardware has seen what comes next: the first rows of q ask for keys, and for the values that follow.
 template <int64_t KIND, int R>
 void ScoreRows(const Queries& q, int64_t i, const Stretch& keys, const Stretch& values, int64_t first, int64_t last,
@@ -109,8 +103,8 @@ void ScoreRows(const Queries& q, int64_t i, const Stretch& keys, const Stretch& 
   int64_t j = first;
   for (; j + 4 <= last; j += 4) {
     if (i == 0) {
-      Ahead(keys.at, j * keys.bytes + kEarly, 4 * keys.bytes);
-      Ahead(values.at, j * values.bytes, 4 * values.bytes);
+      Ask(keys.at, j * keys.bytes + kEarly, 4 * keys.bytes);
+      Ask(values.at, j * values.bytes, 4 * values.bytes);
     }
     Scores<KIND, R, 4>(q, i, keys.at + j * keys.bytes, keys.bytes, scores + j);
   }

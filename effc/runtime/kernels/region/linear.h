@@ -134,8 +134,7 @@ inline void Piece(const uint8_t* codes, const char* x, int64_t block, int64_t wi
   for (int64_t i = 0; i < count; i += 4, codes += bytes) {
     VI first, second;
     Codes<BITS>(codes, first, second);
-    // A hint may point past the end: it never faults. As far ahead as was fastest.
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(codes) + (BITS == 4 ? 8192 : 2048)));
+    Ask(codes, BITS == 4 ? 8192 : 2048);  // as far ahead as was fastest
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2

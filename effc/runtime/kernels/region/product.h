@@ -61,9 +61,7 @@ void Columns(const Table& m, const Memory& memory, int64_t row, int64_t n) {
   V y[R][W] = {};
   for (int64_t k = 0; k < inner; ++k) {
     const int64_t at = k * outer + n;
-    // A hint may point past the end: it never faults.
-    const auto ahead = reinterpret_cast<uintptr_t>(w) + (at + kAhead * outer) * bytes;
-    for (int64_t i = 0; i < W * kLanes * bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(ahead + i));
+    Ask(w, (at + kAhead * outer) * bytes, W * kLanes * bytes);
 #pragma GCC unroll 8
     for (int v = 0; v < W; ++v) {
       const V column = Widen(w, TYPE, at + v * kLanes);

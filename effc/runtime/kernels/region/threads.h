@@ -88,7 +88,7 @@ class Work {
     for (int turn = 0; turn < kPatience; ++turn) {
       if (progress.done.load(std::memory_order_acquire) >= count) return;
       if (hoard.at < hoard.stop) {
-        __builtin_prefetch(reinterpret_cast<const void*>(hoard.at), 0, 2);
+        Ask<2>(reinterpret_cast<const void*>(hoard.at), 0);
         hoard.at += 64;
       } else {
         Pause();

@@ -179,4 +179,12 @@ inline float WidenOne(const void* data, int64_t type, int64_t at) {
   return Widen(halves, type, 0)[0];
 }
 
+// Asks for memory that is read soon, `by` bytes from `base` on. A hint may point past the end: it never faults.
+// CLOSE: how near it is wanted, 3 in the nearest cache, 2 in the next.
+template <int CLOSE = 3>
+inline void Ask(const void* base, int64_t by, int64_t bytes = 64) {
+  const auto from = reinterpret_cast<uintptr_t>(base) + by;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(from + i), 0, CLOSE);
+}
+
 }  // namespace effc
