@@ -19,6 +19,7 @@ from effc.clock import Clock
 from effc.driver import described, measured, qualities, speeds_of
 from effc.errors import EffcError
 from effc.evaluate import Windows, vocab_of
+from effc.exclusive import exclusive
 from effc.frontend.tokenizer import Tokenizer
 from effc.ir.core import Module
 from effc.memory import peak_bytes
@@ -139,7 +140,7 @@ def distill(
     _check_vocabularies(student, teacher)
     folder = how.work or out.with_name(f".{out.name}.effc-work")
     context = _context(teacher, how, folder, console)
-    with staged(out, how.force) as work:
+    with exclusive(folder), staged(out, how.force) as work:
         with scratch(work) as spool:
             with clock.step("read", nbytes(teacher.module)) as advance:
                 origin = written(State(teacher.module, teacher.store), spool / "teacher", advance)

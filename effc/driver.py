@@ -6,7 +6,8 @@ import hashlib
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from effc.comparing import compare_apart
 from effc.edited import edited_module
 from effc.errors import EffcError
 from effc.evaluate import Quality, Windows
+from effc.exclusive import exclusive
 from effc.frontend.check import check
 from effc.frontend.lowering import lower
 from effc.frontend.source import Source
@@ -75,9 +77,17 @@ class Settings:
 def optimize(source: Source, out: Path, settings: Settings | None = None, console: Console | None = None) -> Report:
     """Compile `source` into an artifact at `out`; nothing is left there unless all goes well."""
     settings = settings or Settings()
-    clock = Clock(console, settings.max_memory)
     pipeline, asked = _asked(settings)
     artifact.check_free(out, settings.force)
+    with _work(out, settings, pipeline) as folder:
+        return _optimized(source, out, settings, pipeline, asked, folder, console)
+
+
+def _optimized(
+    source: Source, out: Path, settings: Settings, pipeline: Pipeline, asked: Budget | None, folder: Path,
+    console: Console | None,
+) -> Report:  # fmt: skip
+    clock = Clock(console, settings.max_memory)
     text, calib = evaluation_text(source, settings), _hash_of(settings.calib)
     with clock.step("lower"):
         lowered = lower(source)
@@ -97,7 +107,7 @@ def optimize(source: Source, out: Path, settings: Settings | None = None, consol
                 with clock.step("read", nbytes(origin.module)) as advance:
                     origin = written(origin, spool / "input", advance)
             start = _start(origin, edited)
-            context = _context(source, start, settings, text, work_folder(out, settings), console)
+            context = _context(source, start, settings, text, folder, console)
             final, passes = run_passes(start, pipeline, context, asked, spool, _watcher(settings), clock, steps)
             with clock.step("write", nbytes(final.module)) as advance:
                 final = placed(final, work, advance)
@@ -132,9 +142,18 @@ def optimize(source: Source, out: Path, settings: Settings | None = None, consol
         report = replace(report, notes=[*report.notes, planned], planned=foretold.json())
         artifact.write_report(work, report.json(), report.html())
         write_manifest(work, _manifest(source, settings, report, text, calib, files, final))
-    if settings.work is None:
-        shutil.rmtree(work_folder(out, settings), ignore_errors=True)
     return report
+
+
+@contextmanager
+def _work(out: Path, settings: Settings, pipeline: Pipeline) -> Iterator[Path]:
+    """Where training keeps its work, this run's alone; a folder that was not asked for goes when all is done."""
+    folder = work_folder(out, settings)
+    used = healing.training(pipeline.passes) or healing.calibrating(pipeline.passes)
+    with exclusive(folder) if used else nullcontext():
+        yield folder
+    if settings.work is None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def plan(source: Source, settings: Settings | None = None) -> Plan:
