@@ -4,8 +4,8 @@
 #include <memory>
 #include <mutex>
 
-#include "lounge.h"
 #include "pack.h"
+#include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -74,12 +74,8 @@ ffi::Error Region(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
   const int64_t threads = pool.num_threads();
   // Threads that come when all is done look at this alone.
   auto work = std::make_shared<effc::Work>(program.begin(), std::move(memory), threads);
-  for (int64_t i = 1 + effc::Lounge::Offer(work, threads - 1); i < threads; ++i) {
-    pool.Schedule([held = work, i]() mutable {
-      held->Go(i);
-      held.reset();
-      effc::Lounge::Stay();
-    });
+  for (int64_t i = 1; i < threads; ++i) {
+    pool.Schedule([work, i] { work->Go(i); });
   }
   work->Go(0);
   return ffi::Error::Success();
