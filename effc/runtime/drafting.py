@@ -365,7 +365,7 @@ def _active(state: State) -> jax.Array:
 
 
 def _drafting(state: State) -> jax.Array:
-    """bool[]: whether some row drafts, were it for the round after next."""
+    """bool[]: whether some row goes on drafting after this round, as far as is known before it."""
     return jnp.any(_active(state) & state["table"].active & (state["left"] > 1))
 
 
