@@ -68,7 +68,9 @@ def test_greedy_tokens_are_those_of_plain_decoding(engine: Engine, engines: dict
     assert stats.drafted > stats.accepted
 
 
-@pytest.mark.parametrize("cost", [0.0, 0.4], ids=["always", "resting"])
+@pytest.mark.parametrize(
+    "cost", [pytest.param(0.0, marks=pytest.mark.slow), 0.4], ids=["always", "resting"]
+)  # fmt: skip
 def test_what_a_head_reads_ahead_changes_no_draft(
     engine: Engine, params: Any, monkeypatch: pytest.MonkeyPatch, cost: float
 ) -> None:
