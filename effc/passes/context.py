@@ -188,12 +188,22 @@ class Context:
     ) -> Fitted:  # fmt: skip
         """`effc.runtime.train.fit` with a progress bar, checkpoints in `folder`, and its numbers in the report."""
         plan, tag = replace(plan, folder=self.folder / self.name), f"{self.name}|{title}|{tag}|{self._sources()}"
-        told = _printed(self.console, title or self.name, evaluate) if evaluate else None
+        told = self._telling(title or self.name, evaluate) if evaluate else None
         with _bar(self.console, title or self.name) as watch:
             fitted = fit(loss, params, batches, plan, trainable=trainable, watch=watch, evaluate=told, tag=tag)
         fitted = replace(fitted, title=title)
         self.runs.setdefault(self.name, []).append(fitted)
         return fitted
+
+    def _telling(self, title: str, evaluate: Evaluate) -> Evaluate:
+        """What it says is told as well."""
+
+        def call(params: Tree) -> Mapping[str, float]:
+            values = evaluate(params)
+            self.tell(f"{title}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+            return values
+
+        return call
 
     def _sources(self) -> str:
         """Of what is learned from and looked at: with other texts it is another run."""
@@ -227,19 +237,6 @@ def _some(text: Windows, tokens: int) -> np.ndarray:
     """The first windows as i32[n,length]."""
     count = max(1, tokens // text.chunks[0].shape[1])
     return np.concatenate(text.chunks[:count])
-
-
-def _printed(console: Console | None, title: str, evaluate: Evaluate) -> Evaluate:
-    """What it says goes to the console as well."""
-
-    def call(params: Tree) -> Mapping[str, float]:
-        values = evaluate(params)
-        if console:
-            words = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            console.print(f"{title}: {words}", highlight=False)
-        return values
-
-    return call
 
 
 @contextmanager

@@ -139,6 +139,13 @@ def test_texts_that_are_looked_at_are_not_learned_from() -> None:
     assert seen == set(range(8))
 
 
+def test_new_texts_and_known_ones_are_learned_in_turn() -> None:
+    order = train._order(0, 0, 12, 7)
+    assert sorted(order) == list(range(12))
+    assert [int(text >= 7) for text in order[:10]] == [1, 0] * 5
+    assert (train._order(0, 0, 12, 0) != order).any()
+
+
 def test_a_longer_lesson_is_learned_on_from_where_the_shorter_one_ended(tmp_path: Path) -> None:
     chunk = {"tokens": np.zeros((16, 4), np.int32)}
     short, longer, small = (Lesson([chunk] * n, folder=tmp_path) for n in (2, 5, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -101,6 +102,26 @@ def test_threads_do_not_change_results() -> None:
     for _ in range(20):
         again, _ = engine.extend(tokens, engine.empty(1, 8))
         np.testing.assert_array_equal(first, again)
+
+
+def test_a_thread_that_slept_helps_as_one_that_is_awake_does() -> None:
+    engine = Engine(Program(extend, {}, 64), params())
+    tokens, cache = jnp.asarray([[3, 1, 4, 1, 5]], jnp.int32), engine.empty(1, 8)
+    run = jax.jit(native.regions(extend))
+    want, _ = run(engine.params, tokens, cache)
+    for pause in (0.0, 0.0001, 0.01) * 10:
+        time.sleep(pause)
+        np.testing.assert_array_equal(run(engine.params, tokens, cache)[0], want)
+
+
+def test_variants_in_one_process_have_threads_of_their_own() -> None:
+    engine = Engine(Program(extend, {}, 64), params())
+    args = engine.params, jnp.asarray([[3, 1, 4, 1, 5]], jnp.int32), engine.empty(1, 8)
+    calls = [jax.jit(native.regions(extend, flags)) for flags in native.VARIANTS.values()]
+    wanted = [call(*args)[0] for call in calls]
+    for _ in range(20):
+        for call, want in zip(calls, wanted, strict=True):
+            np.testing.assert_array_equal(call(*args)[0], want)
 
 
 def test_many_programs_at_once_all_end() -> None:

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +142,6 @@ def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context, 
     """
     draft, places = model.program.entries["draft"], _places(ids)
     held = HELD if lesson.texts >= 10 * HELD else 0
-    batches = _batches(lesson, places, lesson.texts - held, context.seed)
 
     def loss(params: Tree, batch: Batch, tick: Tick | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         steps = _headed(draft, params, batch) if lesson.features else [(draft(params, batch["tokens"])[0], 0)]
@@ -160,6 +159,7 @@ def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context, 
     if before is not None:
         context.tell(f"draft: learns on from what {before[0]} of {lesson.texts} texts taught")
         params = put(params, {name: jnp.asarray(array) for name, array in before[1].items()}, mask)
+    batches = _batches(lesson, places, lesson.texts - held, context.seed, before[0] if before else 0)
     tag = f"{lesson.texts} {lesson.tokens}"
     rest = [range(at, at + ROWS) for at in range(lesson.texts - held, lesson.texts, ROWS)]
     look = _looks(lambda params, batch: loss(params, batch, None)[1], [_batch(lesson, places, n) for n in rest])
@@ -217,11 +217,14 @@ def _places(ids: np.ndarray | None) -> np.ndarray | None:
     return out
 
 
-def _batches(lesson: Lesson, places: np.ndarray | None, count: int, seed: int) -> Callable[[int, Tree], dict[str, Any]]:
-    """The first `count` texts, in a new order each time all were seen."""
+def _batches(
+    lesson: Lesson, places: np.ndarray | None, count: int, seed: int, known: int = 0
+) -> Callable[[int, Tree], dict[str, Any]]:
+    """The first `count` texts, in a new order each time all were seen; the first `known` were learned from before."""
 
     def call(step: int, params: Tree) -> dict[str, Any]:
-        numbers = [int(_order(seed, i // count, count)[i % count]) for i in range(step * ROWS, (step + 1) * ROWS)]
+        turns = [divmod(i, count) for i in range(step * ROWS, (step + 1) * ROWS)]
+        numbers = [int(_order(seed, turn, count, 0 if turn else known)[i]) for turn, i in turns]
         return _batch(lesson, places, numbers)
 
     return call
@@ -237,8 +240,14 @@ def _batch(lesson: Lesson, places: np.ndarray | None, numbers: Sequence[int]) ->
     return batch | ({"features": found["features"]} if lesson.features else {})
 
 
-def _order(seed: int, turn: int, count: int) -> np.ndarray:
-    return np.random.default_rng((seed, turn)).permutation(count)
+@lru_cache(maxsize=2)
+def _order(seed: int, turn: int, count: int, known: int) -> np.ndarray:
+    """By chance; but of texts that are new and known ones in turn, until one kind has ended: time may end first."""
+    order = np.random.default_rng((seed, turn)).permutation(count)
+    old = order < known
+    # The n-th of its kind comes at 2n, or after it.
+    place = 2 * np.where(old, np.cumsum(old), np.cumsum(~old)) + old
+    return order[np.argsort(place, kind="stable")] if known else order
 
 
 def _left(budget: Budget, seconds: float) -> Budget:

@@ -1,11 +1,11 @@
-// A native region: the ops of `program` (program.h) over the buffers of a call, by XLA's threads.
+// A native region: the ops of `program` (program.h) over the buffers of a call, by our threads or XLA's.
 
 #include <cstdlib>
 #include <memory>
 #include <mutex>
 
+#include "crew.h"
 #include "pack.h"
-#include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -75,7 +75,8 @@ ffi::Error Region(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingR
   // Threads that come when all is done look at this alone.
   auto work = std::make_shared<effc::Work>(program.begin(), std::move(memory), threads);
   for (int64_t i = 1; i < threads; ++i) {
-    pool.Schedule([work, i] { work->Go(i); });
+    effc::Helper* helper = effc::Helper::Of(i - 1);
+    if (!helper || !helper->Take(work, i)) pool.Schedule([work, i] { work->Go(i); });
   }
   work->Go(0);
   return ffi::Error::Success();

@@ -93,9 +93,13 @@ inline int32_t Highest(VI x) {
 }
 
 inline float Largest(V x) {
+#ifdef EFFC_AVX512
+  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(x));
+#else
   float most = x[0];
   for (int i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
   return most;
+#endif
 }
 
 // e^x to 2 units in the last place; 0 below the normal numbers.
@@ -110,9 +114,13 @@ inline V Exp(V x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+#ifdef EFFC_AVX512
+  const V y = reinterpret_cast<V>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(turns)));
+#else
   // In two factors: 2^128 is no float.
   const VI n = __builtin_convertvector(turns, VI), half = n >> 1;
   const V y = p * Floats((half + 127) << 23) * Floats((n - half + 127) << 23);
+#endif
   const V cut = x > high ? Fill(std::numeric_limits<float>::infinity()) : x < low ? V{} : y;
   return x != x ? x : cut;
 }
