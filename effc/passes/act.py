@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from effc.passes.context import Context
 
 
+FAST = 128
+"""Numbers to a scale, at most, that native products round by themselves; a multiple of 4."""
+
+
 @dataclass(frozen=True)
 class Place:
     """A value that linears read, and one of their matrices."""
@@ -69,8 +73,10 @@ class Act8(Pass):
         how = "a scale found on text" if self.scale == "static" else "a scale a token"
         how = f"a scale for each {self.group} of a token" if self.group else how
         notes.chose(f"{len(found)} values that linears read are rounded to {self.bits} bits, {how}")
-        if not (self.bits == 8 and self.group and self.group % 4 == 0):
+        if not (self.bits == 8 and 0 < self.group <= FAST and self.group % 4 == 0):
             notes.chose("such values run through the same kernels as floats, no faster on CPUs: want bits=8,group=32")
+        elif self.group != 32:
+            notes.chose(f"faster on CPUs where {self.group} divides the group of the weights that read them")
         return module
 
     def _rounded(self, func: Func, mine: Mapping[str, Place], wanted: Collection[str]) -> Func:

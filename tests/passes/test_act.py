@@ -116,3 +116,13 @@ def test_static_scales_are_the_greatest_of_the_text(tiny, random_store, tmp_path
     assert all(after[n].read(0)[""].shape == (1,) and after[n].read(0)[""][0] > 0 for n in scales)
     with pytest.raises(PassError, match="want the context"):
         step.made_by.weights(tiny, step.after, store)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("act8", "no faster"), ("act8{group=32}", ""), ("act8{group=16}", "16 divides"), ("act8{group=256}", "no faster")],
+)
+def test_what_cpus_gain_is_said(tiny, text: str, said: str) -> None:
+    (step,) = runner.run(tiny, Pipeline.parse(text).ordered())
+    told = [choice for choice in step.notes.choices if "CPUs" in choice]
+    assert [said in choice for choice in told] == [True] * bool(said)
