@@ -47,9 +47,26 @@ inline float Magnitude(const float* x, int64_t count) {
 }
 
 template <int D>
-int32_t Round(const float* x, int64_t count, float inverse, int8_t* high, int8_t* low) {
+inline int32_t Round(const float* x, int64_t count, float inverse, int8_t* high, int8_t* low) {
   int32_t sum = 0;
-  for (int64_t k = 0; k < count; ++k) {
+  int64_t k = 0;
+#ifdef EFFC_AVX512
+  VI sums = {};
+  for (; k + kLanes <= count; k += kLanes) {
+    V near = Load(x + k) * inverse;
+    if (D == 1) near = Min(Max(near, Fill(-127.0f)), Fill(127.0f));
+    const auto q = reinterpret_cast<VI>(_mm512_cvtps_epi32(reinterpret_cast<__m512>(near)));  // ties to even
+    sums += q;
+    const auto bytes = [](VI all, int8_t* to) {
+      const __m128i narrow = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(all));
+      std::memcpy(to, &narrow, sizeof narrow);
+    };
+    if (D == 2) bytes(q, low + k);
+    bytes(D == 2 ? (q - ((q << 24) >> 24)) >> 8 : q, high + k);
+  }
+  sum = _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(sums));
+#endif
+  for (; k < count; ++k) {
     const float near = std::nearbyint(x[k] * inverse);
     const int32_t q = static_cast<int32_t>(D == 2 ? near : std::min(127.0f, std::max(-127.0f, near)));
     sum += q;
@@ -73,9 +90,10 @@ inline void Run(const Quantize& op, const Memory& memory, int64_t row) {
     const bool plain = size < 1e30f && size > 1e-30f;
     const float inverse = plain ? most / size : 0.0f;
     to.scale[p] = plain ? size / most : 0.0f;
-    const auto round = op.digits == 2 ? Round<2> : Round<1>;
     static const float zeros[128] = {};
-    to.sum[p] = round(plain ? x + k : zeros, count, inverse, to.digit[0] + k, to.digit[1] + k);
+    const float* from = plain ? x + k : zeros;
+    int8_t *high = to.digit[0] + k, *low = to.digit[1] + k;
+    to.sum[p] = op.digits == 2 ? Round<2>(from, count, inverse, high, low) : Round<1>(from, count, inverse, high, low);
   }
 }
 

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <utility>
 
 #include "program.h"
 #include "rows.h"
@@ -47,12 +49,18 @@ inline void Run(const Norm& op, const Memory& memory, int64_t row) {
 
 inline void TurnHead(const Rope& op, const float* x, const float* cos, const float* sin, float* y) {
   const int64_t first = op.interleaved ? 2 : 1, second = op.interleaved ? 1 : op.half;
-  for (int64_t i = 0; i < op.half; ++i) {
+  int64_t i = 0;
+  for (; !op.interleaved && i + kLanes <= op.half; i += kLanes) {
+    const V a = Load(x + i), b = Load(x + i + second), c = Load(cos + i), s = Load(sin + i);
+    Store(y + i, a * c - b * s);
+    Store(y + i + second, b * c + a * s);
+  }
+  for (; i < op.half; ++i) {
     const float a = x[first * i], b = x[first * i + second];
     y[first * i] = a * cos[i] - b * sin[i];
     y[first * i + second] = b * cos[i] + a * sin[i];
   }
-  for (int64_t i = 2 * op.half; i < op.width; ++i) y[i] = x[i];
+  for (i = 2 * op.half; i < op.width; ++i) y[i] = x[i];
 }
 
 inline void Run(const Rope& op, const Memory& memory, int64_t row) {
@@ -88,8 +96,9 @@ inline V Each(V x, float (*f)(float)) {
 inline V Larger(V a, V b) { return a != a ? a : b != b ? b : Max(a, b); }
 inline V Smaller(V a, V b) { return a != a ? a : b != b ? b : Min(a, b); }
 
-inline V Apply(int64_t function, V a, V b) {
-  switch (function) {
+template <int64_t FUNCTION>
+inline V Apply(V a, V b) {
+  switch (FUNCTION) {
     case kAdd: return a + b;
     case kSub: return a - b;
     case kMul: return a * b;
@@ -112,45 +121,57 @@ inline V Apply(int64_t function, V a, V b) {
   }
 }
 
-inline V Operand(const float* at, int64_t step, int64_t i, int64_t count) {
-  if (!step) return Fill(*at);
-  return count == kLanes ? Load(at + i) : LoadSome(at + i, count);
+// Which function it is is asked outside the loop.
+template <int64_t FUNCTION>
+void Mapped(const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t width, float* y) {
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) {
+    Store(y + i, Apply<FUNCTION>(a_step ? Load(a + i) : Fill(*a), b_step ? Load(b + i) : Fill(*b)));
+  }
+  if (i == width) return;
+  const V first = a_step ? LoadSome(a + i, width - i) : Fill(*a), second = b_step ? LoadSome(b + i, width - i) : Fill(*b);
+  StoreSome(y + i, Apply<FUNCTION>(first, second), width - i);
+}
+
+template <size_t... FUNCTIONS>
+constexpr auto AllMapped(std::index_sequence<FUNCTIONS...>) {
+  return std::array{Mapped<FUNCTIONS>...};
 }
 
 inline void Run(const Map& op, const Memory& memory, int64_t row) {
+  static constexpr auto kMapped = AllMapped(std::make_index_sequence<kDiffers + 1>());
   const auto number = static_cast<float>(Number(op.number));
   const float* a = op.a.at.base == -2 ? &number : memory.Row(op.a, row);
   const float* b = op.b.at.base == -2 ? &number : memory.Row(op.b, row);
-  float* y = memory.Row(op.y, row);
-  for (int64_t i = 0; i < op.width; i += kLanes) {
-    const int64_t count = std::min(kLanes, op.width - i);
-    const V value = Apply(op.function, Operand(a, op.a_step, i, count), Operand(b, op.b_step, i, count));
-    count == kLanes ? Store(y + i, value) : StoreSome(y + i, value, count);
-  }
+  kMapped[op.function](a, op.a_step, b, op.b_step, op.width, memory.Row(op.y, row));
 }
 
-// The first of the largest, or the first NaN.
+// The first of the largest, or the first NaN: the first stretch that has it is looked through once more.
 inline int32_t First(const float* x, int64_t width) {
-  const V lowest = Fill(-std::numeric_limits<float>::infinity());
-  V most = lowest;
-  VI odd = {};
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) {
-    const V value = Load(x + i);
-    most = Max(value, most);
-    odd |= value != value;
+  constexpr int64_t kStretch = 64 * kLanes;
+  float largest = -std::numeric_limits<float>::infinity();
+  int64_t found = 0;
+  for (int64_t from = 0; from < width; from += kStretch) {
+    const int64_t stop = std::min(width, from + kStretch);
+    V most = Fill(largest);
+    VI odd = {};
+    int64_t i = from;
+    for (; i + kLanes <= stop; i += kLanes) {
+      const V value = Load(x + i);
+      most = Max(value, most);
+      odd |= value != value;
+    }
+    float here = Largest(most);
+    bool nan = Highest(-odd) != 0;
+    for (; i < stop; ++i) {
+      nan |= x[i] != x[i];
+      here = std::max(here, x[i]);
+    }
+    if (nan) return static_cast<int32_t>(std::find_if(x + from, x + stop, [](float one) { return one != one; }) - x);
+    if (here > largest) largest = here, found = from;
   }
-  float largest = Largest(most);
-  bool nan = false;
-  for (int lane = 0; lane < kLanes; ++lane) nan |= odd[lane] != 0;
-  for (; i < width; ++i) {
-    nan |= x[i] != x[i];
-    largest = std::max(largest, x[i]);
-  }
-  for (i = 0; i < width; ++i) {
-    if (nan ? x[i] != x[i] : x[i] == largest) return static_cast<int32_t>(i);
-  }
-  return 0;
+  const float* at = std::find(x + found, x + std::min(width, found + kStretch), largest);
+  return at < x + width ? static_cast<int32_t>(at - x) : 0;
 }
 
 inline void Run(const Argmax& op, const Memory& memory, int64_t row) {

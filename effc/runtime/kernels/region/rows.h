@@ -98,7 +98,16 @@ inline void Keep(const float* x, int64_t kind, int64_t width, char* to) {
   if (kind == kWhole) {
     std::memcpy(to, x, width * sizeof(float));
   } else if (kind == kHalf) {
-    for (int64_t i = 0; i < width; ++i) {
+    int64_t i = 0;
+#ifdef EFFC_AVX512
+    for (; i + kLanes <= width; i += kLanes) {
+      const V value = Load(x + i), inside = Min(Max(value, Fill(-65504.0f)), Fill(65504.0f));
+      const auto kept = reinterpret_cast<__m512>(value != value ? value : inside);
+      const __m256i halves = _mm512_cvtps_ph(kept, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      std::memcpy(to + 2 * i, &halves, sizeof halves);
+    }
+#endif
+    for (; i < width; ++i) {
       const uint16_t half = Half(x[i]);
       std::memcpy(to + 2 * i, &half, sizeof half);
     }
