@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -248,6 +249,21 @@ def test_narrow_caches(kind: str, size: int, flags: tuple[str, ...]) -> None:
         assert [x.dtype for x in jax.tree.leaves(after)] == [x.dtype for x in jax.tree.leaves(cache)]
 
 
+@pytest.mark.parametrize(("heads", "groups", "tokens"), [(9, 3, 3), (4, 1, 5), (6, 2, 8), (3, 3, 7)])
+def test_one_sequence_is_to_the_bit_as_in_a_batch(heads: int, groups: int, tokens: int) -> None:
+    """Alone, two tasks may share what it asks of a span."""
+    p = weights(64, heads, groups, 16, 96, bias=False)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 100, (2, tokens)), jnp.int32)
+    cache = filled(2, groups, 320, 16, [7, 270])
+    ours = jax.jit(native.regions(partial(stack, heads=heads, groups=groups)))
+    both, _ = ours(p, ids, cache)
+    for i in range(2):
+        mine = [tuple(x[i * groups : (i + 1) * groups] for x in entry.values) for entry in cache.entries]
+        entries = tuple(Rows(values, (groups, groups)) for values in mine)
+        alone, _ = ours(p, ids[i : i + 1], Cache(cache.lengths[i : i + 1], entries))
+        np.testing.assert_array_equal(alone[0], both[i])
+
+
 @pytest.mark.parametrize("flags", VARIANTS[1:], ids=list(native.VARIANTS))
 def test_variants_of_blocks(flags: tuple[str, ...]) -> None:
     p, ids = weights(64, 6, 2, 16, 96, bias=False), jnp.arange(10, dtype=jnp.int32)[None]
@@ -302,6 +318,15 @@ def test_argmax_is_the_first() -> None:
     x = X.at[1].set(0.0).at[2, 3].set(jnp.nan)
     compare(call, x, W, regions=1)
     compare(call, x[None], W, regions=1)
+
+
+def test_argmax_of_many_is_the_first_too() -> None:
+    w = matrix(7, 64, 2500, bits=8, size=0.03)
+    for columns, first in (((1200, 2400), 1200), ((2499,), 2499), ((15, 16), 15), (range(2500), 0)):
+        at = jnp.asarray(list(columns))
+        alike = packed(replace(w, codes=w.codes.at[:, at].set(127), scales=w.scales.at[:, at].set(0.1)))
+        found = jax.jit(native.regions(lambda x, w: jnp.argmax(layers.linear(x, w), axis=-1)))(jnp.ones((1, 64)), alike)
+        assert found.tolist() == [first]
 
 
 def test_mapped() -> None:

@@ -18,6 +18,7 @@ constexpr int64_t kSpan = 128;   // keys
 constexpr int64_t kQueries = 32;  // rows of q that a task of many tokens takes, if heads allow
 constexpr int64_t kMany = 28;     // rows of q that make turning keys worth it
 constexpr int64_t kEarly = 2048;  // bytes of keys that are asked for early
+constexpr int64_t kShared = 6;    // rows of q over one span from which two tasks share them
 
 constexpr float kLeast = -std::numeric_limits<float>::infinity();
 
@@ -27,11 +28,11 @@ inline int64_t First(const Seen& seen, int64_t position) {
   return seen.window ? std::max<int64_t>(0, position + 1 - seen.window) : 0;
 }
 
-// Tokens t..stop of one sequence, the query heads of one key head: rows of q.
+// Tokens t..stop of one sequence, the query heads of one key head: rows of q, of which a task may have some alone.
 struct Queries {
   const Attention& op;
   const Memory& memory;
-  int64_t sequence, group, t, stop;
+  int64_t sequence, group, t, stop, skipped = 0;
   const char *keys, *values;
   int64_t share, count, key_bytes, value_bytes;
 
@@ -44,8 +45,11 @@ struct Queries {
     values = memory.At<char>(op.values) + row * value_bytes;
   }
 
-  int64_t Token(int64_t i) const { return sequence * op.tokens + t + i / share; }
-  int64_t HeadOf(int64_t i) const { return group * share + i % share; }
+  // Rows from..to of these.
+  void Take(int64_t from, int64_t to) { skipped = from, count = to - from; }
+
+  int64_t Token(int64_t i) const { return sequence * op.tokens + t + (skipped + i) / share; }
+  int64_t HeadOf(int64_t i) const { return group * share + (skipped + i) % share; }
   const float* Query(int64_t i) const { return memory.Row(op.q, Token(i)) + HeadOf(i) * op.width; }
   int64_t Position(int64_t i) const { return memory.At<int32_t>(op.positions)[Token(i)]; }
 };
@@ -341,10 +345,15 @@ inline Spans AllSpans(const Attention& op, const Memory& memory) {
   return Spans(op.seen, memory.At<int32_t>(op.positions), op.batch * op.tokens);
 }
 
+// Tasks that share the rows of q over one span: key heads are few, and all wait for the thread that has one more.
+inline int64_t Sharers(const Attention& op) {
+  return op.batch == 1 && op.tokens * op.heads / op.groups >= kShared ? 2 : 1;
+}
+
 inline int64_t Tasks(const Attention& op, const Memory& memory) {
   if (!op.spans) return op.batch * op.groups * Blocks(op);
   const Spans all = AllSpans(op, memory);
-  return op.batch * op.groups * (all.last - all.first);
+  return op.batch * op.groups * (all.last - all.first) * Sharers(op);
 }
 
 // Where the parts of a token's spans begin; a part is the sums, the largest score, the sum of powers of a head.
@@ -352,17 +361,20 @@ inline float* Part(float* parts, int64_t token, int64_t spans, int64_t heads, in
   return parts + (token * spans + span) * heads * floats;
 }
 
-// All tokens of a sequence over one span, to `parts`.
+// All tokens of a sequence over one span, to `parts`; or this sharer's part of them.
 inline void RunSpan(const Attention& op, const Memory& memory, int64_t task, Room& room) {
   const Spans all = AllSpans(op, memory);
-  const int64_t span = all.first + task / (op.batch * op.groups), which = task % (op.batch * op.groups);
-  const Queries q(op, memory, which / op.groups, which % op.groups, 0, op.tokens);
+  const int64_t sharers = Sharers(op), sharer = task % sharers, pair = task / sharers;
+  const int64_t span = all.first + pair / (op.batch * op.groups), which = pair % (op.batch * op.groups);
+  Queries q(op, memory, which / op.groups, which % op.groups, 0, op.tokens);
+  const int64_t rows = q.count;
+  q.Take(rows * sharer / sharers, rows * (sharer + 1) / sharers);
   room.most.resize(std::max<size_t>(room.most.size(), q.count));
   room.total.resize(std::max<size_t>(room.total.size(), q.count));
   const int64_t stride = (op.value_width + kLanes - 1) / kLanes * kLanes, floats = Floats(op);
   room.sums.resize(std::max<size_t>(room.sums.size(), q.count * stride));
   int64_t first = kSpan, last = 0;
-  for (int64_t i = 0; i < q.count; i += q.share) {
+  for (int64_t i = 0; i < q.count; ++i) {
     first = std::min(first, std::max<int64_t>(0, First(op.seen, q.Position(i)) - span * kSpan));
     last = std::max(last, std::min(kSpan, Last(op.seen, q.Position(i)) - span * kSpan));
   }
