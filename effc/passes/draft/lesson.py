@@ -31,12 +31,17 @@ class Lesson:
     @cached_property
     def texts(self) -> int:
         """How many there are."""
-        return sum(len(chunk["tokens"]) for chunk in self.chunks)
+        return int(self._ends[-1])
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """How many texts there are up to the end of each chunk."""
+        return np.cumsum([len(chunk["tokens"]) for chunk in self.chunks])
 
     @cached_property
     def tokens(self) -> int:
         """How many are learned from."""
-        return int(sum((chunk["spans"][:, 1] - chunk["spans"][:, 0]).sum() for chunk in self.chunks))
+        return int(sum(np.diff(chunk["spans"], axis=1).sum() for chunk in self.chunks))
 
     @property
     def features(self) -> bool:
@@ -45,7 +50,7 @@ class Lesson:
 
     def rows(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
         """These texts."""
-        ends = np.cumsum([len(chunk["tokens"]) for chunk in self.chunks])
+        ends = self._ends
         at = [(chunk := int(np.searchsorted(ends, n, "right")), n - ends[chunk]) for n in numbers]
         return {name: np.stack([self.chunks[c][name][i] for c, i in at]) for name in self.chunks[0]}
 
@@ -66,10 +71,28 @@ def learned(spans: np.ndarray, length: int) -> np.ndarray:
     return (index >= spans[:, :1] - 1) & (index < spans[:, 1:])
 
 
-def kept(folder: Path) -> Iterator[Mapping[str, np.ndarray]]:
-    """The chunks in a folder, mapped."""
-    for part in sorted(folder.glob("[0-9]*")):
-        yield {file.stem: np.load(file, mmap_mode="r") for file in part.glob("*.npy")}
+@dataclass(frozen=True)
+class Chunk(Mapping[str, np.ndarray]):
+    """The arrays in a folder. Each use maps them anew: what was read of a map counts as memory as long as it lives."""
+
+    folder: Path
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        file = self.folder / f"{name}.npy"
+        if not file.exists():
+            raise KeyError(name)
+        return np.load(file, mmap_mode="r")
+
+    def __iter__(self) -> Iterator[str]:
+        return (file.stem for file in sorted(self.folder.glob("*.npy")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def kept(folder: Path) -> Iterator[Chunk]:
+    """The chunks in a folder."""
+    return map(Chunk, sorted(folder.glob("[0-9]*")))
 
 
 def drop(folder: Path, first: int) -> None:
