@@ -10,8 +10,8 @@ CANDIDATES := python3 python3.13 python3.12 python3.11 python
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 
 BIN := $(VENV)/bin
-# Two tests at a time: each takes a GB or two.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+# Two tests at a time: each takes a GB or two. Those that take longest are named: in all it should stay under 12 minutes.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations=30 --durations-min=5
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test check format conformance bench sanitize clean
