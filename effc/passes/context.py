@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +22,7 @@ from effc.errors import EffcError
 from effc.evaluate import Windows, prefix, vocab_of
 from effc.frontend.tokenizer import Tokenizer
 from effc.ir.core import Module
+from effc.passes.base import Pass
 from effc.runtime.engine import Engine
 from effc.runtime.program import Program
 from effc.runtime.qarray import QArray
@@ -91,6 +92,8 @@ class Context:
     window: int = 256
     """Tokens of a training sequence, less than the model's context."""
     console: Console | None = None
+    later: Sequence[Pass] = ()
+    """Passes that come after all that trains here: weights may learn to be what these will make of them."""
     runs: dict[str, list[Fitted]] = field(default_factory=dict[str, list[Fitted]])
     """What was trained, by pass: it goes into the report."""
 

@@ -15,11 +15,14 @@ import pytest
 from effc.backend.to_python import emit, load_program
 from effc.ir.parser import parse
 from effc.passes.base import Notes
-from effc.passes.draft import Draft, taught, train
+from effc.passes.draft import Draft, coming, taught, train
 from effc.passes.draft.lesson import Lesson, keep, kept, learned
 from effc.passes.draft.scribe import Scribe, likeliest
+from effc.passes.quant4 import Quant4
+from effc.passes.quantizer import quantize
 from effc.runtime.engine import Engine
 from effc.runtime.generate import generate
+from effc.runtime.qarray import QArray
 from effc.runtime.train.budget import Budget
 from effc.runtime.train.tree import take
 from tests.backend.conftest import random_store
@@ -150,15 +153,17 @@ def test_a_longer_lesson_is_learned_on_from_where_the_shorter_one_ended(tmp_path
     chunk = {"tokens": np.zeros((16, 4), np.int32)}
     short, longer, small = (Lesson([chunk] * n, folder=tmp_path) for n in (2, 5, 1))
     arrays = {"w": np.ones((2, 3), np.float32)}
-    assert taught.latest(short, arrays) is None
-    taught.keep(short, arrays)
-    taught.keep(longer, {"w": 2 * arrays["w"]})
-    assert taught.latest(short, arrays) is None  # what is resumed begins where it began
-    assert taught.latest(small, arrays) is None
-    found = taught.latest(longer, arrays)
+    assert taught.latest(short, arrays, "4 bits") is None
+    taught.keep(short, arrays, "4 bits")
+    taught.keep(longer, {"w": 2 * arrays["w"]}, "4 bits")
+    assert taught.latest(short, arrays, "4 bits") is None  # what is resumed begins where it began
+    assert taught.latest(small, arrays, "4 bits") is None
+    found = taught.latest(longer, arrays, "4 bits")
     assert found and found[0] == 32
     np.testing.assert_array_equal(found[1]["w"], arrays["w"])
-    assert taught.latest(longer, {"w": np.ones((3, 3))}) is None  # another head
+    found = taught.latest(longer, arrays, "8 bits")  # to be coded another way, it learns on
+    assert found and found[0] == 80 and (found[1]["w"] == 2).all()
+    assert taught.latest(longer, {"w": np.ones((3, 3))}, "4 bits") is None  # another head
 
 
 def test_a_head_that_learned_from_less_is_what_training_begins_with(tmp_path: Path) -> None:
@@ -170,16 +175,53 @@ def test_a_head_that_learned_from_less_is_what_training_begins_with(tmp_path: Pa
         begun.append(take(params, trainable))
         return SimpleNamespace(params=jax.tree.map(lambda x, on: x + 1 if on else x, params, trainable))
 
-    context = SimpleNamespace(budget=Budget(steps=2), seed=0, fit=fit, tell=told.append)
+    context = SimpleNamespace(budget=Budget(steps=2), seed=0, fit=fit, tell=told.append, later=())
     chunk = {"tokens": np.zeros((16, 4), np.int32), "spans": np.tile(np.asarray([[1, 4]], np.int32), (16, 1))}
     chunk |= {"features": np.zeros((16, 4, 3))}
-    model: Any = SimpleNamespace(program=program, params=params)
+    model: Any = SimpleNamespace(program=program, params=params, module=module)
     for count in (1, 1, 2):
         train.fit(model, Lesson([chunk] * count, folder=tmp_path), None, context)  # type: ignore[arg-type]
     assert told == ["draft: learns on from what 16 of 32 texts taught"]
     for name, array in begun[0].items():
         np.testing.assert_array_equal(begun[1][name], array)
         np.testing.assert_array_equal(begun[2][name], array + 1)
+
+
+def test_a_drafter_learns_with_the_weights_that_will_be_served(tmp_path: Path) -> None:
+    module = Draft(kind="head", vocab=0).run(parse(TINY.read_text()), Notes())
+    program, later = load_program(emit(module)), [Quant4(group=16)]
+    model: Any = SimpleNamespace(program=program, params=random_params(program, seed=3), module=module)
+    how = coming.roundings(model, model.params, later)
+    assert len(how) > 8 and all(name.startswith("draft.") for name in how)
+    for name, rounding in how.items():
+        w = np.asarray(model.params[name])
+        quant, arrays = rounding.quant, quantize(w, rounding.quant, "mse", name)
+        codes, scales = (jnp.asarray(arrays[part]) for part in ("codes", "scales"))
+        served = QArray(codes, scales, None, quant.bits, quant.group, quant.axis, w.shape[1]).dequantize()
+        alike = jnp.isclose(rounding(jnp.asarray(w)), served, atol=1e-6)
+        assert float(alike.mean()) > 0.98  # scales are fitted once more after codes are chosen
+        slope = jax.grad(lambda w, rounding=rounding: rounding(w).sum())(jnp.asarray(w))
+        assert 0.7 < float((slope == 1).mean()) <= 1
+
+    def fit(loss: Any, params: Any, *_: Any, **__: Any) -> Any:
+        seen = loss(params, batch, None)[0]
+        told.append([float(seen), float(loss(coming.rounded(how, program, params), batch, None)[0])])
+        return SimpleNamespace(params=params)
+
+    told, width = list[list[float]](), module.funcs["draft"].inputs[1].type.shape[-1]
+    context = SimpleNamespace(budget=Budget(steps=2), seed=0, fit=fit, tell=print, later=later)
+    rng = np.random.default_rng(0)
+    chunk = {"tokens": rng.integers(0, 48, (16, 8)).astype(np.int32), "spans": np.tile(np.asarray([[1, 8]]), (16, 1))}
+    chunk |= {"features": rng.standard_normal((16, 8, width)).astype(np.float16)}
+    chunk |= {"ids": rng.integers(0, 48, (16, 8, 4)).astype(np.int32), "logits": np.zeros((16, 8, 4), np.float16)}
+    lesson = Lesson([chunk], folder=tmp_path)
+    batch = train._batch(lesson, None, range(8))
+    out = train.fit(model, lesson, None, context)  # type: ignore[arg-type]
+    assert told[0][0] == pytest.approx(told[0][1], rel=1e-5)
+    for name, rounding in how.items():
+        trained = not name.startswith("draft.head.")
+        want = rounding(model.params[name]) if trained else model.params[name]
+        np.testing.assert_array_equal(out[name], want)
 
 
 def test_how_often_drafts_are_right_counts_every_token_alike() -> None:

@@ -113,9 +113,10 @@ class Draft(Pass):
             count = int(str(module.params[head.IDS].type.shape[0]))
             ids = train.frequent(lesson, count, cut(self.name, module).vocab)
             store = head.with_ids(self.name, module, store, ids)
-        if self.kind == "head":
-            store = start.begun(self.name, module, store, lesson, context)
         model = context.model(module, store)
+        if self.kind == "head" and train.known(model, lesson, context) is None:
+            store = start.begun(self.name, module, store, lesson, context)
+            model = context.model(module, store)
         return model.store(train.fit(model, lesson, ids, context, self.lr), store)
 
     def calibrates(self) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 
 from effc.certificate import fingerprint
 from effc.ir.core import Module
-from effc.passes.draft import taught
+from effc.passes.draft import coming, taught
 from effc.passes.draft.asking import LONGEST, prompts
 from effc.passes.draft.head import VERIFY
 from effc.passes.draft.lesson import Lesson, drop, keep, kept, learned
@@ -138,12 +138,14 @@ def frequent(lesson: Lesson, count: int, vocab: int) -> np.ndarray:
 def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context, lr: float = 0.0) -> Tree:
     """The parameters with the drafter's trained; those of the target stay. lr=0 is the usual one.
 
-    A drafter that learned from a shorter lesson in the same folder learns on from there.
+    What is to be coded learns rounded as it will be. A drafter that learned from a lesson in the same folder before,
+    a shorter one or to be coded another way, learns on from there.
     """
     draft, places = model.program.entries["draft"], _places(ids)
     held = HELD if lesson.texts >= 10 * HELD else 0
 
     def loss(params: Tree, batch: Batch, tick: Tick | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        params = coming.rounded(how, model.program, params)
         steps = _headed(draft, params, batch) if lesson.features else [(draft(params, batch["tokens"])[0], 0)]
         parts = [_step(logits, batch, shift) for logits, shift in steps]
         total = sum(LATER**i * part for i, (part, _) in enumerate(parts))
@@ -152,21 +154,39 @@ def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context, 
 
     budget = _left(context.budget, lesson.seconds)
     plan = Plan(budget, warmup=20, seed=context.seed, weight_decay=0.01, b2=0.98, **_how(lesson.features, lr))
-    mask = {**chosen(model.program.params, "draft.*")}
-    # Its rows of the target's head are good as they are, and half of what a step would cost.
-    mask |= {name: False for name in mask if name == "draft.ids" or name.startswith("draft.head.")}
-    before, params = taught.latest(lesson, take(model.params, mask)), model.params
+    mask = _learns(model)
+    tag = _tag(lesson, model, context)
+    before, params = known(model, lesson, context), model.params
     if before is not None:
         context.tell(f"draft: learns on from what {before[0]} of {lesson.texts} texts taught")
         params = put(params, {name: jnp.asarray(array) for name, array in before[1].items()}, mask)
     batches = _batches(lesson, places, lesson.texts - held, context.seed, before[0] if before else 0)
-    tag = f"{lesson.texts} {lesson.tokens}"
+    how = coming.roundings(model, params, context.later)
     rest = [range(at, at + ROWS) for at in range(lesson.texts - held, lesson.texts, ROWS)]
     look = _looks(lambda params, batch: loss(params, batch, None)[1], [_batch(lesson, places, n) for n in rest])
     told = {"evaluate": look if held else None, "tag": tag, "title": "draft"}
     fitted = context.fit(loss, params, batches, plan, trainable=mask, **told).params
-    taught.keep(lesson, {name: np.asarray(array) for name, array in take(fitted, mask).items()})
-    return fitted
+    taught.keep(lesson, {name: np.asarray(array) for name, array in take(fitted, mask).items()}, tag)
+    # On their codes, so that what codes them finds these again.
+    mine = {name: rounding for name, rounding in how.items() if not name.startswith("draft.head.")}
+    return coming.rounded(mine, model.program, fitted)
+
+
+def known(model: Model, lesson: Lesson, context: Context) -> tuple[int, dict[str, np.ndarray]] | None:
+    """What a drafter like this one learned from such a lesson before, and from how many texts: training begins so."""
+    return taught.latest(lesson, take(model.params, _learns(model)), _tag(lesson, model, context))
+
+
+def _learns(model: Model) -> dict[str, bool]:
+    """A mask of the drafter's own. Its rows of the target's head are good as they are, and half of a step's cost."""
+    mask = {**chosen(model.program.params, "draft.*")}
+    return mask | {name: False for name in mask if name == "draft.ids" or name.startswith("draft.head.")}
+
+
+def _tag(lesson: Lesson, model: Model, context: Context) -> str:
+    """What tells a run from others: what it learns from, and how its weights will be coded."""
+    coded = coming.quants(model.module, context.later)
+    return f"{lesson.texts} {lesson.tokens} {sorted((name, str(quant)) for name, quant in coded.items())}"
 
 
 def _how(head: bool, lr: float) -> dict[str, Any]:
