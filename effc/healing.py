@@ -42,10 +42,9 @@ def heal(
     module: Module, store: Store, passes: Sequence[Pass], context: Context, allowed: Mapping[str, Budget], keep: Keep
 ) -> Store:
     """The store after every pass that trains has had its budget; none is spent where it is 0."""
-    later = [one for one in passes if one.phase > Phase.HEAL]
     for made_by in training(passes):
         if allowed[made_by.name]:
-            mine = replace(context, name=made_by.name, budget=allowed[made_by.name], later=later)
+            mine = replace(context, name=made_by.name, budget=allowed[made_by.name])
             store = keep(made_by, made_by.train(module, store, mine))
     return store
 

@@ -36,6 +36,7 @@ def run_passes(
     """
     ordered = pipeline.ordered()
     first = [made_by for made_by in ordered if made_by.phase <= Phase.HEAL]
+    context = replace(context, later=ordered[len(first) :])
     with clock.step("passes"):
         run = _Run(start, context, spool, watch, healing.budgets(ordered, asked), planned)
         for made_by in first:

@@ -40,6 +40,7 @@ class Forget(Pass):
     """Zeroes a matrix, then learns it again from the model as it was."""
 
     name: ClassVar[str] = "forget"
+    later: ClassVar[list[str]] = []
     phase: ClassVar[Phase] = Phase.FOLD
     exactness: ClassVar[Exactness] = Exactness.LOSSY
     writes: ClassVar[frozenset[str]] = frozenset()
@@ -58,6 +59,7 @@ class Forget(Pass):
 
     def train(self, module: Module, store: Store, context: Context) -> Store:
         model, teacher = context.model(module, store), context.teacher
+        self.later[:] = [one.name for one in context.later]
 
         def loss(tree: Tree, batch: Batch, tick: Tick) -> tuple[jax.Array, Metrics]:
             ids = batch["tokens"][:, :-1]
@@ -117,6 +119,7 @@ def test_a_pass_that_trains_and_calibrates(source: Source, tmp_path: Path) -> No
     report = optimize(source, tmp_path / "out", asked)
     order = [file.name[3:-5] for file in sorted((tmp_path / "dump").iterdir())]
     assert order == ["input", "forget", "heal", "quant8", "calibrate"]
+    assert Forget.later == ["quant8"]
     assert verify(tmp_path / "out") == []
     found = Artifact.load(tmp_path / "out")
     assert float(found.module.meta["greatest"]) > 0
