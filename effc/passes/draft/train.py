@@ -153,7 +153,7 @@ def fit(model: Model, lesson: Lesson, ids: np.ndarray | None, context: Context, 
         return jnp.asarray(total), {**agree, "count": batch["mask"].sum().astype(jnp.float32)}
 
     budget = _left(context.budget, lesson.seconds)
-    plan = Plan(budget, warmup=20, seed=context.seed, weight_decay=0.01, b2=0.98, **_how(lesson.features, lr))
+    plan = Plan(budget, warmup=20, seed=context.seed, weight_decay=0.01, b2=0.98, **_optimizer(lesson.features, lr))
     mask = _learns(model)
     tag = _tag(lesson, model, context)
     before, params = known(model, lesson, context), model.params
@@ -189,7 +189,7 @@ def _tag(lesson: Lesson, model: Model, context: Context) -> str:
     return f"{lesson.texts} {lesson.tokens} {sorted((name, str(quant)) for name, quant in coded.items())}"
 
 
-def _how(head: bool, lr: float) -> dict[str, Any]:
+def _optimizer(head: bool, lr: float) -> dict[str, Any]:
     """Of `Plan`: the optimizer and its rate."""
     return {"optimizer": "muon" if head else "adamw", "lr": lr or (RATE_HEAD if head else RATE)}
 
