@@ -14,10 +14,10 @@ from effc.ir.core import Module
 from effc.ir.types import Quant
 from effc.passes.base import Notes, Pass, Phase
 from effc.passes.draft.parts import PREFIX
-from effc.passes.quantizer import limits, quantize
+from effc.passes.quantizer import quantize
 from effc.runtime.program import Program
 from effc.runtime.qarray import spread_groups
-from effc.runtime.rounding import through
+from effc.runtime.train.fake import Form, codes
 from effc.runtime.train.plan import Tree
 from effc.runtime.train.tree import by_name, places
 
@@ -34,10 +34,10 @@ class Rounding:
 
     def __call__(self, w: jax.Array) -> jax.Array:
         """What the nearest codes stand for; gradients pass, and stop where codes end (straight-through)."""
-        quant, (low, high) = self.quant, limits(self.quant)
+        quant = self.quant
         scale = spread_groups(jnp.asarray(self.scales), group=quant.group, axis=quant.axis, extent=w.shape[quant.axis])
-        steps = w / scale
-        return through(jnp.clip(jnp.round(steps), low, high), jnp.clip(steps, low - 0.5, high + 0.5)) * scale
+        form = Form(quant.bits, quant.group, quant.axis, quant.scale)
+        return codes(form, {"steps": w / scale}) * scale
 
 
 def quants(module: Module, later: Sequence[Pass]) -> dict[str, Quant]:
